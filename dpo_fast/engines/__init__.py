@@ -1,0 +1,1 @@
+"""Inference engines: each turns a batch into per-token scores."""

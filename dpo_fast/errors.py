@@ -1,0 +1,96 @@
+"""Every error that dpo_fast raises on purpose, in one tree.
+
+::
+
+    DpoFastError                      exit code 1
+    ├── InputError                    exit code 2: the user's input is at fault
+    │   ├── UsageError                an argument, or a combination of arguments
+    │   ├── DatasetError              a data set that cannot be read
+    │   │   └── RowError              one row of it
+    │   ├── CheckpointError           a model or tokenizer folder
+    │   ├── BundleError               a bundle that is missing, incomplete or altered
+    │   ├── OutputExistsError         an output that would be overwritten
+    │   ├── StorageError              the disk: full, read-only, no permission
+    │   ├── HubError                  the Hugging Face Hub refused or could not be reached
+    │   └── MissingDependencyError    an extra that is not installed
+    └── CheckFailedError              exit code 3: a check did not pass
+        ├── SelfCheckError            an exported graph differs from its PyTorch model
+        └── EngineOutputError         an engine returned NaN, or too few values
+
+A message names the value, the place (file, row, tensor) and the way out, in one line.
+"""
+
+
+class DpoFastError(Exception):
+    """Base of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class InputError(DpoFastError):
+    """The user's input is at fault; the message says what to do."""
+
+    exit_code = 2
+
+
+class UsageError(InputError):
+    """An argument, or a combination of arguments, that cannot be used."""
+
+
+class DatasetError(InputError):
+    """A data set that cannot be found, read, or used for preferences."""
+
+
+class RowError(DatasetError):
+    """One row of a data set cannot be used.
+
+    Attributes:
+        row: 1-based number of the row in the data set (the line, in a JSONL file).
+        reason: what is wrong with it and what to do, without the row's number.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        self.row = row
+        self.reason = reason
+        super().__init__(f"row {row}: {reason}")
+
+
+class CheckpointError(InputError):
+    """A model or tokenizer folder that cannot be used."""
+
+
+class BundleError(InputError):
+    """A bundle that is missing, incomplete, or not what its manifest says."""
+
+
+class OutputExistsError(InputError):
+    """An output folder that exists and would be overwritten."""
+
+
+class StorageError(InputError):
+    """The disk refused: full, read-only, or no permission."""
+
+
+class HubError(InputError):
+    """The Hugging Face Hub refused, or could not be reached."""
+
+
+class MissingDependencyError(InputError):
+    """A package that an extra of dpo_fast installs is not there."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'dpo-fast[{extra}]'")
+
+
+class CheckFailedError(DpoFastError):
+    """A check ran and did not pass."""
+
+    exit_code = 3
+
+
+class SelfCheckError(CheckFailedError):
+    """An exported graph does not say what its PyTorch model says."""
+
+
+class EngineOutputError(CheckFailedError):
+    """An engine returned NaN, infinities where none can be, or another number of values than was asked for."""

@@ -1,0 +1,1 @@
+"""From Transformers checkpoints to log-prob graphs that point into the checkpoints' own weights."""

@@ -1,0 +1,1 @@
+"""From scores to metrics, in NumPy alone: rewards, losses, statistics."""
