@@ -1,0 +1,189 @@
+"""A bundle: graphs, the weights they point into, and a manifest that says what they are (DESIGN: the bundle).
+
+BUNDLE/
+bundle.json                 this file's `Manifest`
+policy.onnx reference.onnx  graphs of a few MB
+policy/ reference/          ordinary Transformers folders
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dpo_fast.batches import LAYOUTS, Layout
+from dpo_fast.errors import BundleError
+from dpo_fast.files import sha256, write_json
+
+MANIFEST = "bundle.json"
+FORMAT = 1
+POLICY, REFERENCE = "policy", "reference"
+ROLES = (POLICY, REFERENCE)
+# The model card is written again after each evaluation; everything else stays as it was exported.
+UNTRACKED = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One role's model in the manifest.
+
+    Attributes:
+        source: Hub id, or the name of the local folder it came from.
+        revision: the Hub's commit, or None.
+        architecture: the model's class.
+        model_type: Transformers' name of the architecture.
+        stored_dtypes: safetensors' names, such as ["BF16"].
+        parameters: number of stored elements.
+        vocabulary: rows of the embedding.
+        max_positions: longest sequence in tokens that the model has positions for, or None.
+        graph: the graph's file.
+        layout: "shared" or "plain"; what the self-check found to be exact.
+        self_check: its figures, or None when it was left out on request.
+    """
+
+    source: str
+    revision: str | None
+    architecture: str
+    model_type: str
+    stored_dtypes: list[str]
+    parameters: int
+    vocabulary: int
+    max_positions: int | None
+    graph: str
+    layout: Layout
+    self_check: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of bundle.json.
+
+    Attributes:
+        format: of this file.
+        versions: of the packages that made the bundle.
+        recipe: the recipe's keys.
+        max_length: default truncation in tokens.
+        inputs, outputs: the graphs' (the graph contract).
+        models: by role; a bundle without a reference has none under "reference".
+        files: size in bytes and SHA-256 of every file by its path in the bundle.
+    """
+
+    format: int
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    max_length: int
+    inputs: dict[str, list[str]]
+    outputs: list[str]
+    models: dict[str, ModelEntry]
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference to compare the policy with."""
+        return REFERENCE in self.manifest.models
+
+    def graph(self, role: str) -> Path:
+        """A role's graph."""
+        return self.folder / self.manifest.models[role].graph
+
+    def model_folder(self, role: str) -> Path:
+        """A role's Transformers folder."""
+        return self.folder / role
+
+    def role_hash(self, role: str) -> str:
+        """One hash of all that decides a role's scores: the graph's and every weight file's."""
+        entry = self.manifest.models[role]
+        files = self.manifest.files
+        return "+".join(
+            files[name]["sha256"]
+            for name in sorted(files)
+            if name == entry.graph or (name.startswith(f"{role}/") and name.endswith(".safetensors"))
+        )
+
+    def verify(self) -> None:
+        """Check that every file is there and is the one that was exported.
+
+        Raises:
+            BundleError: with the first file that is missing or altered.
+        """
+
+        def check(name: str) -> None:
+            recorded, path = self.manifest.files[name], self.folder / name
+            if not path.is_file():
+                raise BundleError(f"{path}: is missing, and {MANIFEST} lists it; export the bundle again")
+            size = path.stat().st_size
+            if size != recorded["bytes"] or sha256(path) != recorded["sha256"]:
+                raise BundleError(
+                    f"{path}: is not the file that was exported ({size} bytes, {recorded['bytes']} recorded; "
+                    "its SHA-256 differs); export the bundle again"
+                )
+
+        # Hashing releases the interpreter, so files are hashed side by side; the largest begin.
+        names = sorted(self.manifest.files, key=lambda name: -self.manifest.files[name]["bytes"])
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for _ in threads.map(check, names):
+                pass
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read a bundle's manifest; `Bundle.verify` then checks the files.
+
+    Raises:
+        BundleError: it is missing, of another format, or names files outside the bundle.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle; make one with `dpo-fast export --output {folder}`")
+    if not path.is_file():
+        raise BundleError(f"{folder}: holds no {MANIFEST}, so it is no bundle; make one with `dpo-fast export`")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format"] != FORMAT:
+            raise BundleError(
+                f"{path}: has format {value['format']!r}, and this version reads {FORMAT}; export the bundle again"
+            )
+        models = {role: ModelEntry(**entry) for role, entry in value.pop("models").items()}
+        manifest = Manifest(models=models, **value)
+        names = [*manifest.files, *(entry.graph for entry in models.values())]
+        layouts = {entry.layout for entry in models.values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: is damaged ({type(error).__name__}: {error}); export the bundle again") from error
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name:
+            raise BundleError(f"{path}: names {name!r}, which lies outside the bundle; do not trust this bundle")
+        if name not in manifest.files:
+            raise BundleError(f"{path}: has no hash of {name!r}; export the bundle again")
+    if POLICY not in models or not set(models) <= set(ROLES) or not layouts <= set(LAYOUTS):
+        raise BundleError(f"{path}: is damaged (models {sorted(models)}, layouts {sorted(layouts)})")
+    return Bundle(folder, manifest)
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a bundle that evaluations leave alone, by path."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != UNTRACKED and path.name != MANIFEST
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        hashes = threads.map(lambda name: sha256(folder / name), names)
+        return {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, hashes, strict=True)
+        }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write bundle.json."""
+    write_json(folder / MANIFEST, asdict(manifest))

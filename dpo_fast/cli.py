@@ -1,0 +1,283 @@
+"""The command line: arguments in, a table or JSON out, errors as one line and an exit code.
+
+Exit codes: 0 done; 2 the input is at fault; 3 a check failed; 1 a bug. Results go to standard output, everything else
+to standard error. Heavy packages are imported by the command that needs them, so that --help is at once there.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpo_fast import __version__
+from dpo_fast.errors import DpoFastError, UsageError
+from dpo_fast.recipes import DEFAULT
+from dpo_fast.types import AGGREGATES, F_DIVERGENCES, LOSS_TYPES, REFERENCE_FREE, LossSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+app = typer.Typer(
+    name="dpo-fast",
+    help="Evaluate DPO-trained language models on inference engines, with TRL's numbers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+LossType = StrEnum("LossType", {name: name for name in LOSS_TYPES})
+FDivergence = StrEnum("FDivergence", {name: name for name in F_DIVERGENCES})
+ReferenceFree = StrEnum("ReferenceFree", {name: name for name in REFERENCE_FREE})
+Aggregate = StrEnum("Aggregate", {name: name for name in AGGREGATES})
+LayoutChoice = StrEnum("LayoutChoice", {name: name for name in ("auto", "shared", "plain")})
+OnErrorChoice = StrEnum("OnErrorChoice", {name: name for name in ("stop", "skip")})
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder that `dpo-fast export` wrote.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings along.")
+]
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"dpo-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Evaluate DPO-trained language models on inference engines, with TRL's numbers."""
+
+
+@app.command("export")
+def export_command(
+    policy: Annotated[str, typer.Option(help="The trained model: local folder or Hub id.", show_default=False)],
+    reference: Annotated[
+        str, typer.Option(help="The model it was trained from: local folder, Hub id, or none.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
+    policy_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    reference_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    recipe: Annotated[str, typer.Option(help="What to make it for: a shipped recipe, or a TOML file.")] = DEFAULT,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Default truncation of evaluations, in tokens; 1024, or the model's positions if fewer.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        LayoutChoice, typer.Option(help="Whether completions share their prompt's computation.")
+    ] = LayoutChoice.auto,  # type: ignore[attr-defined]
+    trust_remote_code: TrustRemoteCode = False,
+    no_self_check: Annotated[
+        bool, typer.Option("--no-self-check", help="Do not compare the graphs with PyTorch.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a policy and its reference into a bundle of log-prob graphs and the weights they point into."""
+    from dpo_fast.bundle import MANIFEST
+    from dpo_fast.export.exporter import ExportOptions, export
+
+    options = ExportOptions(
+        policy_revision=policy_revision,
+        reference_revision=reference_revision,
+        recipe=recipe,
+        max_length=max_length,
+        layout=None if layout == "auto" else str(layout),  # type: ignore[arg-type]
+        self_check=not no_self_check,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
+    if reference == "none" and reference_revision is not None:
+        raise UsageError("--reference-revision goes with a reference, and --reference is none")
+    export(policy, None if reference == "none" else reference, output, options, _say)
+    if as_json:
+        typer.echo((output / MANIFEST).read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo(f"bundle: {output}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    bundle: BundleArgument,
+    dataset: Annotated[
+        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The run to write.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
+    loss_type: Annotated[
+        list[LossType] | None, typer.Option(help="Repeat it for a sum of losses.  [default: sigmoid]")
+    ] = None,
+    loss_weight: Annotated[
+        list[float] | None, typer.Option(help="One for each --loss-type, in the same order.")
+    ] = None,
+    label_smoothing: Annotated[float, typer.Option(help="For robust, exo_pair, aot and aot_unpaired.")] = 0.0,
+    ld_alpha: Annotated[
+        float | None, typer.Option(help="Weight of tokens beyond the shorter completion's length (LD-DPO).")
+    ] = None,
+    f_divergence_type: Annotated[
+        FDivergence, typer.Option(help="Regulariser between policy and reference (f-DPO).")
+    ] = FDivergence.reverse_kl,  # type: ignore[attr-defined]
+    f_alpha_divergence_coef: Annotated[float, typer.Option(help="Alpha of alpha_divergence.")] = 0.5,
+    use_weighting: Annotated[
+        bool, typer.Option("--use-weighting", help="Weight pairs by the policy's probabilities (WPO).")
+    ] = False,
+    discopop_tau: Annotated[float, typer.Option(help="Temperature of discopop.")] = 0.05,
+    reference_free: Annotated[ReferenceFree | None, typer.Option(help="Score by the policy's log-probs alone.")] = None,
+    group_by: Annotated[str | None, typer.Option(help="Column whose values get metrics of their own.")] = None,
+    aggregate: Annotated[
+        Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
+    ] = Aggregate.exact,  # type: ignore[attr-defined]
+    batch_size: Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of an engine's batch; the recipe's by default. Changes no number.")
+    ] = None,
+    on_error: Annotated[
+        OnErrorChoice, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
+    ] = OnErrorChoice.stop,  # type: ignore[attr-defined]
+    seed: Annotated[int, typer.Option(help="Of the bootstrapped intervals.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a preference set and print TRL's metrics; the run keeps every token's log-prob."""
+    from dpo_fast.evaluate import METRICS, EvaluateOptions, evaluate
+
+    loss = LossSettings(
+        beta=beta,
+        loss_type=tuple(str(name) for name in loss_type or ("sigmoid",)),
+        loss_weights=tuple(loss_weight) if loss_weight else None,
+        label_smoothing=label_smoothing,
+        ld_alpha=ld_alpha,
+        f_divergence_type=str(f_divergence_type),
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        use_weighting=use_weighting,
+        discopop_tau=discopop_tau,
+        reference_free=None if reference_free is None else str(reference_free),
+    )
+    options = EvaluateOptions(
+        split=split,
+        limit=limit,
+        group_by=group_by,
+        on_error=str(on_error),  # type: ignore[arg-type]
+        max_length=max_length,
+        loss=loss,
+        aggregate=str(aggregate),
+        batch_size=batch_size,
+        token_budget=token_budget,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    metrics = evaluate(bundle, dataset, output, options, _say)
+    if as_json:
+        _print_json(metrics)
+        return
+    from dpo_fast.table import print_metrics
+
+    print_metrics(metrics, _console())
+    typer.echo(f"run: {output} ({METRICS}); model card: {bundle / 'policy' / 'README.md'}")
+
+
+@app.command("push")
+def push_command(
+    bundle: BundleArgument,
+    repo_id: Annotated[str, typer.Option(help="The repository: user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Put this run's numbers on the card, instead of the latest's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload the policy's original weights, its tokenizer and its model card to the Hugging Face Hub."""
+    from dpo_fast.publish.publisher import push_bundle
+
+    url = push_bundle(bundle, repo_id, private=private, run=run, revision=revision, commit_message=commit_message)
+    if as_json:
+        _print_json({"url": url})
+    else:
+        typer.echo(url)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option(help="Folder for data, models, bundle and run.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make data, train a tiny model with TRL's DPO, export it, evaluate it, and compare with the trainer."""
+    from dpo_fast.demo import run_demo
+
+    result = run_demo(output, seed=seed, overwrite=overwrite)
+    if as_json:
+        _print_json(result)
+
+
+def main() -> None:
+    """Run the command line, and turn errors into one line and an exit code."""
+    sys.exit(run(app))
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Call a command; 0, or the exit code of what went wrong."""
+    try:
+        command()
+    except DpoFastError as error:
+        _say_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dpo-fast: interrupted; run the same command again to go on", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    return 0
+
+
+def _say(step: str) -> None:
+    """A line of progress on standard error."""
+    typer.echo(step, err=True)
+
+
+def _say_error(error: DpoFastError) -> None:
+    """An error in one line on standard error, without control characters that data might have smuggled in."""
+    line = " ".join(str(error).split())
+    line = "".join(character if character.isprintable() else "�" for character in line)
+    typer.echo(f"dpo-fast: {line}", err=True)
+
+
+def _print_json(value: Any) -> None:
+    """JSON on standard output; NaN is a bug, not a value."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # In a pipe there is no width to fit into: keep every column.
+    return Console(width=None if sys.stdout.isatty() else 120)

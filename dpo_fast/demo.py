@@ -1,0 +1,434 @@
+"""From nothing to a checked evaluation, offline: make data, train with TRL, export, evaluate, compare with TRL.
+
+The models are tiny and the task is a toy, but every step is the real one: TRL's own `DPOTrainer` trains the policy, and
+its `evaluate()` gives the numbers that ours must equal. The demo fails where they do not, or where the policy has not
+learned to prefer the chosen completions of prompts that it has never seen.
+"""
+
+import importlib.util
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpo_fast.demo_data import Row, make_pairs, write_jsonl
+from dpo_fast.errors import CheckFailedError, MissingDependencyError
+from dpo_fast.files import new_folder, write_json
+from dpo_fast.types import LossSettings
+
+COMPARED_METRICS = (
+    "eval_loss",
+    "eval_rewards/chosen",
+    "eval_rewards/rejected",
+    "eval_rewards/margins",
+    "eval_rewards/accuracies",
+    "eval_logps/chosen",
+    "eval_logps/rejected",
+    "eval_logits/chosen",
+    "eval_logits/rejected",
+    "eval_entropy",
+    "eval_mean_token_accuracy",
+)
+# Differences are taken relative to max(1, |TRL's value|). Both sides compute in float32: a log-prob is good to about
+# 1e-6 nats, a sum over some twenty tokens to about 1e-5. A wrong token, mask, beta or average moves a metric by more
+# than 1e-3.
+TOLERANCE = 1e-4
+# Where a model's two first tokens are equal to within rounding, either may come first; one token is about 2e-4 here.
+TOKEN_ACCURACY_TOLERANCE = 1e-3
+
+# What only a demo's folder holds: `overwrite` replaces no other.
+MARKER = "data/held_out.jsonl"
+
+PAD_TOKEN = "<|pad|>"  # noqa: S105
+END_TOKEN = "<|endoftext|>"  # noqa: S105
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """How large the demo is; the defaults train for about a minute on two CPU cores.
+
+    Attributes:
+        train_pairs: preference pairs to train on.
+        held_out_pairs: pairs to evaluate on; not a multiple of `eval_batch_size`, so that the last batch is smaller
+            and the comparison tells a mean over pairs from a mean of batch means.
+        vocab_size: the most tokens that the tokenizer may have; 256 of them are the bytes.
+        hidden_size: width of the Llama.
+        layers: depth of the Llama.
+        reference_epochs: passes of language modelling over both kinds of completions.
+        reference_learning_rate: its peak.
+        policy_epochs: passes of DPO.
+        policy_learning_rate: its peak.
+        train_batch_size: pairs a step, in DPO; completions a step are twice that, in language modelling too.
+        eval_batch_size: pairs a batch in `trainer.evaluate()`, and in our batch means.
+        beta: DPO's beta, dimensionless; not TRL's default of 0.1, so that it has to be passed on.
+    """
+
+    train_pairs: int = 900
+    held_out_pairs: int = 204
+    vocab_size: int = 512
+    hidden_size: int = 128
+    layers: int = 4
+    reference_epochs: int = 6
+    reference_learning_rate: float = 1e-3
+    policy_epochs: int = 8
+    policy_learning_rate: float = 2e-4
+    train_batch_size: int = 16
+    eval_batch_size: int = 8
+    beta: float = 0.5
+
+
+DEFAULT_SETTINGS = DemoSettings()
+
+
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    settings: DemoSettings = DEFAULT_SETTINGS,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Make data, train a reference and a policy, export and evaluate them, and compare with TRL.
+
+    Writes `data/train.jsonl`, `data/held_out.jsonl`, `reference/`, `policy/`, `bundle/`, `run/` and `demo.json` (what
+    is returned) under `output`. Progress goes to standard error.
+
+    Args:
+        output: folder to write.
+        seed: of the data, the weights and the order of training.
+        overwrite: whether an existing `output` may be replaced.
+        settings: sizes.
+        console: where the table goes; standard output where None.
+
+    Returns:
+        `passed` and `failures` (the checks); `metrics` (for each name: `dpo_fast`, `trl`, `difference`);
+        `largest_difference` and `tolerance`; `reward_accuracy` and its `reward_accuracy_interval` (95 %, Wilson);
+        `preference_rate` (share of held-out pairs where a model gives the chosen completion the higher log-prob;
+        `reference`, `policy`); `seconds` (by step); `paths`; `seed` and `settings`.
+
+    Raises:
+        MissingDependencyError: TRL or ONNX Runtime is not installed.
+        OutputExistsError: `output` exists, and `overwrite` was not given.
+        StorageError: the disk refused.
+        CheckFailedError: our metrics differ from TRL's, or the held-out reward accuracy is not above one half; the
+            table has been printed and everything written by then.
+    """
+    for package, extra in (("trl", "trl"), ("onnxruntime", "cpu")):
+        if importlib.util.find_spec(package) is None:  # better now than after a minute of training
+            raise MissingDependencyError(package, extra, "the demo")
+    progress = Console(stderr=True, highlight=False, markup=False)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, text: str) -> Iterator[None]:
+        progress.print(f"{len(seconds) + 1}/5 {text} …")
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    train_rows, held_out_rows = make_pairs(settings.train_pairs, settings.held_out_pairs, seed)
+    with new_folder(output, overwrite=overwrite, marker=MARKER) as folder, quiet_libraries():
+        (folder / "data").mkdir()
+        write_jsonl(train_rows, folder / "data" / "train.jsonl")
+        write_jsonl(held_out_rows, folder / MARKER)
+        with step("train_reference", f"training a tokenizer and a reference on {len(train_rows)} pairs"):
+            train_reference(train_rows, folder / "reference", settings, seed)
+        with step("train_policy", "training a policy with TRL's DPOTrainer"):
+            trainer = train_policy(train_rows, held_out_rows, folder / "reference", folder / "policy", settings, seed)
+        with step("trl_evaluate", f"trainer.evaluate() on {len(held_out_rows)} held-out pairs"):
+            trl_metrics = trainer.evaluate()
+        rates = {
+            "reference": preference_rate(trainer, trainer.ref_model),
+            "policy": preference_rate(trainer, trainer.model),
+        }
+
+    from dpo_fast.evaluate import EvaluateOptions, evaluate
+    from dpo_fast.export.exporter import export
+
+    paths = {name: output / name for name in ("data", "reference", "policy", "bundle", "run")}
+    with step("export", "dpo-fast export"):
+        export(str(paths["policy"]), str(paths["reference"]), paths["bundle"])
+    with step("evaluate", "dpo-fast evaluate"):
+        our_metrics = evaluate(
+            paths["bundle"],
+            str(output / MARKER),
+            paths["run"],
+            EvaluateOptions(
+                aggregate="trl", batch_size=settings.eval_batch_size, loss=LossSettings(beta=settings.beta)
+            ),
+        )
+    seconds["evaluate_scoring"] = our_metrics["timing"]["score_seconds"]
+
+    comparison = compare_metrics(our_metrics, trl_metrics)
+    low, high = our_metrics["intervals"]["eval_rewards/accuracies"]
+    failures = failed_checks(comparison, low)
+    results = {
+        "passed": not failures,
+        "failures": failures,
+        "metrics": comparison,
+        "largest_difference": max(values["difference"] for values in comparison.values()),
+        "tolerance": TOLERANCE,
+        "reward_accuracy": our_metrics["eval_rewards/accuracies"],
+        "reward_accuracy_interval": [low, high],
+        "preference_rate": rates,
+        "seconds": seconds,
+        "paths": {name: str(path) for name, path in paths.items()},
+        "seed": seed,
+        "settings": asdict(settings),
+    }
+    write_json(output / "demo.json", results)
+    print_results(results, console or Console())
+    if failures:
+        raise CheckFailedError(f"{output}: the demo's check failed: {'; '.join(failures)}")
+    return results
+
+
+def train_reference(rows: Sequence[Row], folder: Path, settings: DemoSettings, seed: int) -> None:
+    """Train a byte-level BPE tokenizer and a tiny Llama on both kinds of completions, and save them.
+
+    The reference sees every chosen and every rejected completion equally often: it learns the language, and nothing of
+    which completion is preferred.
+
+    Args:
+        rows: the training pairs.
+        folder: where the model and the tokenizer are saved.
+        settings: sizes.
+        seed: of the initial weights and the order of the texts.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    texts = [row["prompt"] + row[side] + END_TOKEN for row in rows for side in ("chosen", "rejected")]
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe_trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[PAD_TOKEN, END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, bpe_trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD_TOKEN, eos_token=END_TOKEN)
+
+    set_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    batch_size = 2 * settings.train_batch_size
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        settings.reference_learning_rate,
+        total_steps=settings.reference_epochs * math.ceil(len(texts) / batch_size),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(settings.reference_epochs):
+        for indices in torch.split(torch.randperm(len(texts), generator=generator), batch_size):
+            batch = [texts[index] for index in indices]
+            tokens = tokenizer(batch, padding=True, return_tensors="pt", return_token_type_ids=False)
+            labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+            loss = model(**tokens, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_policy(
+    train_rows: Sequence[Row], held_out_rows: Sequence[Row], reference: Path, folder: Path, settings: DemoSettings,
+    seed: int,
+) -> Any:  # fmt: skip
+    """Train the reference into a policy with TRL's `DPOTrainer`, and save it.
+
+    Args:
+        train_rows: the training pairs.
+        held_out_rows: the pairs that `trainer.evaluate()` will take.
+        reference: the reference's folder.
+        folder: where the policy and its tokenizer are saved.
+        settings: sizes.
+        seed: of the order of the pairs.
+
+    Returns:
+        The `trl.DPOTrainer`, after training.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    policy = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    trainer = DPOTrainer(
+        model=policy,
+        ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(folder),
+            beta=settings.beta,
+            num_train_epochs=settings.policy_epochs,
+            learning_rate=settings.policy_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            per_device_train_batch_size=settings.train_batch_size,
+            per_device_eval_batch_size=settings.eval_batch_size,
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,  # for large models; here it would only cost time
+            dataloader_pin_memory=False,  # pinned memory serves a GPU
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(list(train_rows)),
+        eval_dataset=Dataset.from_list(list(held_out_rows)),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every logged dict on standard output
+    trainer.train()
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return trainer
+
+
+def preference_rate(trainer: Any, model: Any) -> float:
+    """Share of held-out pairs where a model gives the chosen completion the higher log-prob; TRL computes them.
+
+    Args:
+        trainer: a `trl.DPOTrainer`.
+        model: its policy or its reference.
+
+    Returns:
+        The share, 0 to 1: about 0.5 for a model that does not know what is preferred.
+    """
+    model.eval()
+    preferred = pairs = 0
+    for batch in trainer.get_eval_dataloader():
+        chosen, rejected = trainer.compute_ref_log_probs(model, batch)  # (B,), nats
+        preferred += int((chosen > rejected).sum())
+        pairs += len(chosen)
+    return preferred / pairs
+
+
+def compare_metrics(ours: dict[str, Any], trl: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Put our metrics beside TRL's.
+
+    Args:
+        ours: metrics by name; what is missing counts as NaN.
+        trl: what `trainer.evaluate()` returned.
+
+    Returns:
+        For each of `COMPARED_METRICS`: `dpo_fast`, `trl` and `difference`, |ours - TRL's| / max(1, |TRL's|).
+    """
+    comparison = {}
+    for name in COMPARED_METRICS:
+        our_value, trl_value = float(ours.get(name, math.nan)), float(trl.get(name, math.nan))
+        difference = abs(our_value - trl_value) / max(1.0, abs(trl_value))
+        comparison[name] = {"dpo_fast": our_value, "trl": trl_value, "difference": difference}
+    return comparison
+
+
+def failed_checks(comparison: dict[str, dict[str, float]], accuracy_low: float) -> list[str]:
+    """What is wrong, in words; empty where all is well.
+
+    Args:
+        comparison: what `compare_metrics` returned.
+        accuracy_low: lower end of the 95 % interval of the held-out reward accuracy.
+    """
+    failures = []
+    for name, values in comparison.items():
+        tolerance = TOKEN_ACCURACY_TOLERANCE if name == "eval_mean_token_accuracy" else TOLERANCE
+        if not values["difference"] <= tolerance:  # NaN is no agreement
+            failures.append(
+                f"{name} is {values['dpo_fast']:.6g}, TRL's {values['trl']:.6g}, "
+                f"a difference of {values['difference']:.1e}, more than {tolerance:.0e}"
+            )
+    if not accuracy_low > 0.5:
+        failures.append(
+            f"the lower end of the held-out reward accuracy's interval is {accuracy_low:.3f}, not above 0.5"
+        )
+    return failures
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    """Print the comparison, the times and where everything lies.
+
+    Args:
+        results: what `run_demo` returns.
+        console: where to print.
+    """
+    table = Table(title="The held-out pairs, evaluated twice")
+    table.add_column("metric")
+    for column in ("dpo-fast", "TRL evaluate()", "difference"):
+        table.add_column(column, justify="right")
+    for name, values in results["metrics"].items():
+        table.add_row(name, f"{values['dpo_fast']:.6f}", f"{values['trl']:.6f}", f"{values['difference']:.1e}")
+    console.print(table)
+
+    seconds, rates, paths = results["seconds"], results["preference_rate"], results["paths"]
+    low, high = results["reward_accuracy_interval"]
+    lines = [
+        f"Largest difference, relative to max(1, |TRL's value|): {results['largest_difference']:.1e}",
+        f"Held-out reward accuracy: {results['reward_accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}",
+        f"Held-out pairs whose chosen completion is the likelier: reference {rates['reference']:.3f}, "
+        f"policy {rates['policy']:.3f}",
+        f"TRL evaluate(): {seconds['trl_evaluate']:.2f} s with both models, loaded and tokenised beforehand",
+        f"dpo-fast evaluate: {seconds['evaluate']:.2f} s with loading, tokenising, metrics and files, "
+        f"of which {seconds['evaluate_scoring']:.2f} s scoring with both models",
+        f"dpo-fast export: {seconds['export']:.1f} s, once",
+        "(Models this small say little about speed; the benchmarks measure that.)",
+        f"Bundle: {paths['bundle']}",
+        f"Run:    {paths['run']}",
+        f"Card:   {Path(paths['bundle']) / 'policy' / 'README.md'}",
+    ]
+    for line in lines:
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the progress bars and warnings of Transformers and Datasets off the screen; errors still show."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_bars = transformers_logging.is_progress_bar_enabled()
+    datasets_bars = not datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if transformers_bars:
+            transformers_logging.enable_progress_bar()
+        if datasets_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,22 @@
+"""What an engine is: something that scores a batch."""
+
+from typing import Protocol
+
+from dpo_fast.batches import Batch
+from dpo_fast.types import TokenScores
+
+
+class Engine(Protocol):
+    """Runs one model's log-prob graph.
+
+    Attributes:
+        name: what computes, with its version, such as "onnxruntime 1.31.1 CPUExecutionProvider".
+        precision: of the matrix products, such as "fp32".
+    """
+
+    name: str
+    precision: str
+
+    def score(self, batch: Batch) -> TokenScores:
+        """Score a batch's N targets; the result is checked by `dpo_fast.scores`, not here."""
+        ...

@@ -1,0 +1,252 @@
+"""A checkpoint as it lies on disk: its files, the tensors in its safetensors, and whether they can be trusted."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_fast.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# What makes an ordinary Transformers folder. Pickles, optimizer states and logs stay behind.
+FOLDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "*.tiktoken")
+CODE_PATTERNS = ("*.py",)
+TRAINING_FILES = frozenset({"trainer_state.json", "training_args.json", "optimizer.json"})
+# safetensors' names of the dtypes that can be read by reference, with their size in bytes.
+FLOAT_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+# Elements whose bits are looked at together when weights are searched for NaN: bounds the memory, 64 MiB of float32.
+FINITE_CHUNK = 1 << 24
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor's bytes lie.
+
+    Attributes:
+        file: the safetensors file's name, within the checkpoint's folder.
+        offset: of its first byte in the file.
+        length: in bytes.
+        dtype: safetensors' name, such as "BF16".
+        shape: as stored.
+    """
+
+    file: str
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A Transformers folder whose weights are safetensors.
+
+    Attributes:
+        folder: where it lies on this machine.
+        source: what the user named: a Hub id, or the folder's own name.
+        revision: the Hub's commit, or None for a local folder.
+        tensors: by name, over all shards.
+    """
+
+    folder: Path
+    source: str
+    revision: str | None
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the safetensors files, sorted."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+
+def open_checkpoint(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Find a checkpoint by local folder or Hub id, and read what its safetensors hold.
+
+    Args:
+        name: a local folder, or a Hub id such as ``user/model``.
+        revision: a branch, tag or commit; for Hub ids only.
+        trust_remote_code: whether Python files of the checkpoint are taken along.
+
+    Raises:
+        CheckpointError: it does not exist, is no Transformers folder, holds pickles only, or a file is damaged.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{name}: a revision belongs to a Hub id, and this is a local folder; leave it out")
+        source = folder.resolve().name
+    elif folder.exists():
+        raise CheckpointError(f"{name}: is a file; name the folder that holds config.json and model.safetensors")
+    else:
+        folder, revision = _download(name, revision, trust_remote_code)
+        source = name
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{name}: is a PEFT adapter; merge it first: "
+                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            )
+        raise CheckpointError(f"{name}: holds no config.json, so it is no Transformers folder")
+    return Checkpoint(folder, source, revision, read_tensors(folder))
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors by name, with every header checked against its file's size."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index}: is not an index of safetensors shards; save the checkpoint again"
+            ) from error
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{index}: names the shard {file!r}, which is no plain file name")
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{folder}: the shard {file} is missing; {INDEX_FILE} names it")
+    elif (folder / SINGLE_FILE).is_file():
+        weight_map, files = None, [SINGLE_FILE]
+    else:
+        pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+            path.name for path in folder.glob("*.pt*")
+        )
+        if pickles:
+            raise CheckpointError(
+                f"{folder}: holds {pickles[0]}, a pickle, which can run code when it is loaded, and no safetensors; "
+                'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+                f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + "-safetensors"!r})"'
+            )
+        raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in _read_header(folder / file).items():
+            if name in tensors:
+                raise CheckpointError(f"{folder}: the tensor {name!r} is in {tensors[name].file} and in {file}")
+            tensors[name] = tensor
+    missing = sorted(set(weight_map or ()) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{folder}: {INDEX_FILE} promises the tensor {missing[0]!r}, which no shard holds")
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """One safetensors file's tensors: 8 bytes of header size, the header in JSON, then the bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        header_size = int.from_bytes(start, "little")
+        if len(start) < 8 or header_size > min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(
+                f"{path}: is truncated or no safetensors file: {size} bytes, too few for its header; copy it again"
+            )
+        try:
+            header = json.loads(file.read(header_size))
+            header.pop("__metadata__", None)
+            first = 8 + header_size
+            tensors = {}
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                shape = tuple(int(length) for length in entry["shape"])
+                tensors[name] = StoredTensor(path.name, first + begin, end - begin, entry["dtype"], shape)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its safetensors header is damaged; copy the file again") from error
+    for name, tensor in tensors.items():
+        if tensor.offset < first or tensor.length < 0 or tensor.offset + tensor.length > size:
+            raise CheckpointError(
+                f"{path}: is truncated: the tensor {name!r} ends at byte {tensor.offset + tensor.length}, "
+                f"the file at {size}; copy it again"
+            )
+        width = FLOAT_SIZES.get(tensor.dtype)
+        if width is not None and tensor.length != width * int(np.prod(tensor.shape, dtype=np.int64)):
+            raise CheckpointError(
+                f"{path}: the tensor {name!r} of shape {list(tensor.shape)} has {tensor.length} bytes"
+            )
+    return tensors
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    A floating-point number is neither exactly if its exponent's bits are not all set, which integers can test for
+    float32, float16 and bfloat16 alike.
+
+    Raises:
+        CheckpointError: with the tensor, the position and the file.
+    """
+    exponents = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype not in exponents or tensor.length == 0:
+            continue
+        bits, exponent = exponents[tensor.dtype]
+        stored: np.memmap[Any, Any] = np.memmap(
+            checkpoint.folder / tensor.file, np.uint8, "r", tensor.offset, (tensor.length,)
+        )
+        values = stored.view(bits) if tensor.offset % np.dtype(bits).itemsize == 0 else np.array(stored).view(bits)
+        for start in range(0, values.size, FINITE_CHUNK):
+            bad = (values[start : start + FINITE_CHUNK] & exponent) == exponent
+            if bad.any():
+                position = np.unravel_index(start + int(bad.argmax()), tensor.shape)
+                raise CheckpointError(
+                    f"{checkpoint.folder / tensor.file}: the tensor {name!r} is NaN or infinite at "
+                    f"{[int(i) for i in position]}; export a checkpoint whose training did not diverge"
+                )
+
+
+def folder_files(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator[Path]:
+    """The files of a checkpoint that belong to an ordinary Transformers folder, weights included."""
+    patterns = (*FOLDER_PATTERNS, *(CODE_PATTERNS if trust_remote_code else ()))
+    names = {
+        path.name
+        for pattern in patterns
+        for path in checkpoint.folder.glob(pattern)
+        if path.is_file() and path.name not in TRAINING_FILES
+    }
+    for name in sorted(names | set(checkpoint.weight_files)):
+        yield checkpoint.folder / name
+
+
+def copy_folder(checkpoint: Checkpoint, target: Path, *, trust_remote_code: bool) -> None:
+    """Copy a checkpoint's files, bit for bit.
+
+    The Hub's cache never changes a file in place, so its blobs are hard-linked where the disk allows; a local folder
+    may be written over by the next training run, so it is copied. Symbolic links are never made: engines refuse them.
+    """
+    target.mkdir(parents=True)
+    for source in folder_files(checkpoint, trust_remote_code=trust_remote_code):
+        actual = source.resolve()
+        if checkpoint.revision is not None:
+            try:
+                (target / source.name).hardlink_to(actual)
+                continue
+            except OSError:
+                pass  # another file system: copy below
+        shutil.copyfile(actual, target / source.name)
+
+
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:
+    """Fetch a Hub repository's Transformers files; the folder of the snapshot and its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
+        raise CheckpointError(f"{name}: no such folder, and no Hub id such as user/model either")
+    patterns = [*FOLDER_PATTERNS, "*.safetensors", *(CODE_PATTERNS if trust_remote_code else ())]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = re.sub(r"hf_\w+", "hf_…", str(error).strip().splitlines()[0] if str(error).strip() else "")[:200]
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            f"{name}{at}: no such folder here, and the Hub could not give it ({type(error).__name__}: {reason}); "
+            "check the name, the network and `hf auth login`"
+        ) from error
+    return folder, folder.name

@@ -1,0 +1,119 @@
+"""Writing so that a reader sees all of it or nothing: a temporary sibling, then one rename."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.errors import OutputExistsError, StorageError
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: must not exist, unless `overwrite`; then it is replaced at the end, not before.
+        overwrite: whether an existing target may be replaced.
+        marker: a file that only such folders hold; a target without it is somebody else's, and never replaced.
+
+    Yields:
+        A temporary folder beside the target.
+
+    Raises:
+        OutputExistsError: the target exists.
+        StorageError: the disk refused.
+    """
+    refuse_existing(target, overwrite=overwrite, marker=marker)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with storage_errors(target):
+            working.chmod(0o777 & ~_umask())  # mkdtemp's are private
+            yield working
+            if os.path.lexists(target):
+                retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+                target.rename(retired / target.name)
+                working.rename(target)
+                shutil.rmtree(retired)
+            else:
+                working.rename(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool, marker: str) -> None:
+    """Refuse a target that exists, unless it may be overwritten and is what we would write there.
+
+    Raises:
+        OutputExistsError: as `new_folder`.
+    """
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{target}: exists already; name another folder, or say --overwrite")
+    if not (target / marker).exists():
+        raise OutputExistsError(f"{target}: holds no {marker}, so --overwrite does not touch it; name another folder")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: a temporary sibling, synced to the disk, then renamed."""
+    with storage_errors(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that people can read; NaN is a bug, not a value."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """Turn what a disk says into our error, with the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        ways_out = {
+            errno.ENOSPC: "free some space, or name a folder on another disk",
+            errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+            errno.EFBIG: "the file would be larger than this system allows: name a folder on another disk",
+            errno.EACCES: "name a folder that you may write to",
+            errno.EPERM: "name a folder that you may write to",
+            errno.EROFS: "name a folder on a disk that is not read-only",
+            errno.ENOTDIR: "a part of the path is a file; name another folder",
+            errno.ENAMETOOLONG: "choose a shorter name",
+        }
+        way_out = ways_out.get(error.errno or 0)
+        if way_out is None:
+            raise
+        raise StorageError(f"{error.filename or target}: {os.strerror(error.errno or 0)}; {way_out}") from error
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

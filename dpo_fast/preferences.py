@@ -1,0 +1,455 @@
+"""Rows: read a preference data set and give it row by row, as TRL would see it.
+
+Files are read with the `datasets` library, as TRL's users do, so that what Arrow does to a row (a message key that
+only some rows have is None in the others) is done here too.
+
+Where a row has no `prompt`, the prompt is what `chosen` and `rejected` begin with (trl/data_utils.py 1.16,
+`extract_prompt`). Kept, because the numbers depend on it:
+
+- for text, the prompt ends at the first differing character, even within a word; one space before it goes to the
+  completions;
+- where one is the beginning of the other, the prompt is all but the last character or message of the shorter one, so
+  that neither completion is empty.
+
+Refused, because what TRL makes of it is not a preference: rows that begin differently (TRL looks at the element before
+the first, which is the last, or goes on with an empty prompt), empty or missing fields, text beside messages. TRL
+stops with a Python error at most of these.
+"""
+
+import errno
+import gzip
+import hashlib
+import json
+import logging
+import re
+import reprlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dpo_fast.errors import DatasetError, RowError, StorageError, UsageError
+from dpo_fast.types import Message, PreferenceRow, SkippedRow, Text
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+OnError = Literal["stop", "skip"]
+
+# The suffixes that are read, and the loader of the `datasets` library for each.
+LOADERS = {
+    ".jsonl": "json",
+    ".jsonl.gz": "json",
+    ".json": "json",
+    ".json.gz": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+}
+# An owner is asked for: a bare name such as `json` would be one of the library's loaders, which reads whatever lies in
+# the working folder.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+# What an assistant's message may have in place of content.
+_INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking")
+
+_printable = reprlib.Repr()
+_printable.maxstring = _printable.maxother = 200
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceSet:
+    """A preference data set, on disk until its rows are asked for.
+
+    Attributes:
+        name: what it was loaded from: the file, the folder or the Hub id.
+        split: the split that was taken, or None where the data set has no splits.
+        dataset: the `datasets.Dataset`, memory-mapped.
+        fingerprint: names the data: SHA-256 of the file's bytes, or of all files of a folder; for the Hub, the
+            library's own fingerprint, which covers repository, revision and split. `limit` is no part of it.
+        group_by: the column whose value becomes `PreferenceRow.group`, or None.
+    """
+
+    name: str
+    split: str | None
+    dataset: "Dataset"
+    fingerprint: str
+    group_by: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, *, on_error: OnError = "stop") -> Iterator[PreferenceRow | SkippedRow]:
+        """Give the rows one by one, in the data set's order.
+
+        The first usable row decides whether the set holds text or conversations; a row of the other kind is an error.
+
+        Args:
+            on_error: at a row that cannot be used, "stop" raises; "skip" gives a `SkippedRow` in its place.
+
+        Yields:
+            One item a row of the data set; `row` counts them from 1.
+
+        Raises:
+            RowError: a row that cannot be used, with `on_error="stop"`.
+        """
+        records = _used_columns(self.dataset, self.group_by).with_format(None)
+        kind: type | None = None
+        for number, record in enumerate(records, start=1):
+            try:
+                row = _parse(record, number, self.group_by)
+                if kind is not None and type(row.chosen) is not kind:
+                    raise RowError(
+                        number, f"{_kind(row.chosen)}, where the rows before are {_kind(kind())}: split them"
+                    )
+            except RowError as error:
+                if on_error == "stop":
+                    raise
+                yield SkippedRow(error.row, error.reason)
+            else:
+                kind = type(row.chosen)
+                yield row
+
+
+def load_preferences(
+    dataset: str, *, split: str | None = None, limit: int | None = None, group_by: str | None = None
+) -> PreferenceSet:
+    """Open a preference data set; its rows are read later, by `PreferenceSet.rows`.
+
+    Args:
+        dataset: a file (`LOADERS` has the suffixes), a folder that `datasets.save_to_disk` wrote, a folder of data
+            files, or a Hub id (`owner/name`). What exists on this machine goes before the Hub.
+        split: the split to take; without it "test" if there is one, else the only one. A file has no splits.
+        limit: take the first `limit` rows only.
+        group_by: a column by which results are to be grouped.
+
+    Returns:
+        The set, with the columns that preferences need.
+
+    Raises:
+        DatasetError: no such file, a file that cannot be read, no such split, no preferences in it, or no rows.
+        UsageError: `limit` below 1, `split` for a file, `group_by` a column that is not there.
+        StorageError: the library's cache cannot be written.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} must be at least 1")
+    path = Path(dataset)
+    if path.is_file():
+        if split is not None:
+            raise UsageError(f"--split {split!r}: {dataset!r} is one file and has no splits; leave --split out")
+        loaded, fingerprint = _load_file(path)
+    elif path.is_dir():
+        splits, fingerprint = _load_folder(path)
+        loaded, split = _choose_split(splits, dataset, split)
+    elif _HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(tuple(LOADERS)):
+        loaded, split = _choose_split(_load_hub(dataset), dataset, split)
+        fingerprint = loaded._fingerprint
+    else:
+        raise DatasetError(f"{dataset!r}: no such file or folder; a data set on the Hub is written owner/name")
+
+    _check_columns(dataset, loaded, group_by)
+    if len(loaded) == 0:
+        raise DatasetError(f"{dataset!r} has no rows" + (f" in its split {split!r}" if split else ""))
+    if limit is not None:
+        loaded = loaded.select(range(min(limit, len(loaded))))
+    try:
+        # The JSON loader lets bytes through that are not UTF-8, at which the reading of some later row would fail.
+        _used_columns(loaded, group_by).data.validate(full=True)
+    except ValueError as error:
+        raise _unreadable(dataset, error, _fault_in(path) if path.is_file() else None) from error
+    return PreferenceSet(dataset, split, loaded, fingerprint, group_by)
+
+
+def shown(value: object) -> str:
+    """Give what came from data as one short line of printable characters, fit for a terminal."""
+    text = _printable.repr(value)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _load_file(path: Path) -> tuple["Dataset", str]:
+    """Read one file; its SHA-256 names the cached copy, so that a changed file is never served from the cache."""
+    suffix = next((suffix for suffix in LOADERS if path.name.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise DatasetError(f"{str(path)!r}: the suffix is not one of {', '.join(LOADERS)}; convert or rename the file")
+    if path.stat().st_size == 0:
+        raise DatasetError(f"{str(path)!r} is empty")
+    fingerprint = _sha256(path)
+
+    from datasets import load_dataset
+
+    try:
+        with _quiet():
+            loaded = load_dataset(
+                LOADERS[suffix],
+                # The library takes a pattern, so a name such as `[a].jsonl` has to be written as one.
+                data_files=re.sub(r"([*?[])", r"[\1]", str(path.absolute())),
+                name=fingerprint[:32],
+                split="train",
+            )
+    except Exception as error:
+        raise _unreadable(str(path), error, _fault_in(path)) from error
+    return loaded, fingerprint
+
+
+def _load_folder(path: Path) -> tuple["Dataset | DatasetDict", str]:
+    """Read a folder that `save_to_disk` wrote, or one of data files."""
+    if path.name.lower().endswith(tuple(LOADERS)):
+        raise DatasetError(f"{str(path)!r} is a folder, not a file; give the file in it, or rename the folder")
+
+    from datasets import load_dataset, load_from_disk
+
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_sha256(file)}\0".encode())
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        with _quiet():
+            loaded = load_from_disk(str(path)) if saved else load_dataset(str(path.absolute()))
+    except Exception as error:
+        hint = f"it needs data files ({', '.join(LOADERS)}) or what datasets.save_to_disk writes"
+        raise _unreadable(str(path), error, hint) from error
+    return loaded, digest.hexdigest()
+
+
+def _load_hub(name: str) -> "DatasetDict":
+    """Download a data set from the Hub, or take it from the library's cache when offline."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name)
+    except Exception as error:
+        hint = (
+            f"there is no file or folder {name!r} here, and the Hub did not give it: check the name and the network, "
+            "log in with `hf auth login` if it is private, or give a local file"
+        )
+        raise _unreadable(name, error, hint) from error
+
+
+def _choose_split(loaded: "Dataset | DatasetDict", name: str, split: str | None) -> tuple["Dataset", str | None]:
+    """Take the split asked for; else "test", else the only one."""
+    if not isinstance(loaded, dict):
+        if split is not None:
+            raise UsageError(f"--split {split!r}: {name!r} was saved without splits; leave --split out")
+        return loaded, None
+    names = list(loaded)
+    if split is None:
+        if "test" not in names and len(names) != 1:
+            raise DatasetError(f"{name!r} has the splits {', '.join(map(repr, names))}: choose one with --split")
+        split = "test" if "test" in names else names[0]
+    if split not in names:
+        raise DatasetError(f"{name!r} has no split {split!r}; it has {', '.join(map(repr, names))}")
+    return loaded[split], split
+
+
+def _check_columns(name: str, loaded: "Dataset", group_by: str | None) -> None:
+    """Refuse a data set that cannot be preferences, or cannot be grouped as asked."""
+    columns = loaded.column_names
+    there = shown(", ".join(columns))
+    missing = [column for column in ("chosen", "rejected") if column not in columns]
+    if missing:
+        raise DatasetError(
+            f"{name!r} has no column {' and no column '.join(map(repr, missing))}; it has {there}: rename its columns"
+        )
+    if "image" in columns or "images" in columns:
+        raise DatasetError(f"{name!r} has images; only preferences of text are evaluated")
+    if group_by is not None and group_by not in columns:
+        raise UsageError(f"--group-by {group_by!r}: {name!r} has no such column; it has {there}")
+
+
+def _used_columns(loaded: "Dataset", group_by: str | None) -> "Dataset":
+    """The columns that rows are made of, so that no other is decoded."""
+    return loaded.select_columns([name for name in loaded.column_names if name in (*_COLUMNS, group_by)])
+
+
+def _parse(record: dict[str, Any], number: int, group_by: str | None) -> PreferenceRow:
+    """Make a row of a record, or raise RowError."""
+    chosen = _field(record, "chosen", number)
+    rejected = _field(record, "rejected", number)
+    if type(chosen) is not type(rejected):
+        raise RowError(number, f"'chosen' is {_kind(chosen)} but 'rejected' is {_kind(rejected)}: make them alike")
+    if "prompt" in record:
+        prompt = _field(record, "prompt", number)
+        if type(prompt) is not type(chosen):
+            raise RowError(
+                number,
+                f"'prompt' is {_kind(prompt)} but 'chosen' is {_kind(chosen)}: make them alike, or leave the column "
+                "'prompt' out if 'chosen' and 'rejected' begin with the prompt",
+            )
+    else:
+        start = _end_of_prompt(chosen, rejected, number)
+        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+    return PreferenceRow(
+        row=number,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        tools=_tools(record.get("tools"), number),
+        chat_template_kwargs=_chat_template_kwargs(record.get("chat_template_kwargs"), number),
+        group=None if group_by is None else str(record[group_by]),
+    )
+
+
+def _end_of_prompt(chosen: Text, rejected: Text, number: int) -> int:
+    """Where the prompt ends that both begin with, as TRL's `extract_prompt` finds it; see the module's docstring."""
+    end = next((index for index, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if end is None:
+        end = min(len(chosen), len(rejected)) - 1
+    elif end > 0 and chosen[end - 1] == " ":
+        end -= 1
+    if end == 0:
+        raise RowError(
+            number,
+            f"'chosen' and 'rejected' have no beginning in common ({shown(chosen[0])}, {shown(rejected[0])}), so "
+            "there is no prompt: give it in a column 'prompt'",
+        )
+    return end
+
+
+def _field(record: dict[str, Any], column: str, number: int) -> Text:
+    """A prompt or completion: text, or messages, and not empty."""
+    value = record[column]
+    if value is None:
+        raise RowError(number, f"{column!r} is missing or null: fill it in, or leave the row out")
+    if not isinstance(value, str | list):
+        raise RowError(number, f"{column!r} must be text or a list of messages, not {shown(value)}")
+    if not value:
+        raise RowError(number, f"{column!r} is empty: fill it in, or leave the row out")
+    if isinstance(value, list):
+        for index, message in enumerate(value):
+            _check_message(message, f"message {index + 1} of {column!r}", number)
+    return value
+
+
+def _check_message(message: object, place: str, number: int) -> None:
+    """Refuse what a chat template would render as an empty turn, or not at all."""
+    if not isinstance(message, dict):
+        raise RowError(number, f"{place} must be an object with 'role' and 'content', not {shown(message)}")
+    if not isinstance(message.get("role"), str):
+        raise RowError(number, f"{place} has no 'role': {shown(_without_none(message))}")
+    content = message.get("content")
+    if content is None and any(message.get(key) for key in _INSTEAD_OF_CONTENT):
+        return
+    if not isinstance(content, str | list):
+        raise RowError(number, f"{place} has no text in 'content': {shown(_without_none(message))}")
+
+
+def _without_none(message: Message) -> Message:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _tools(value: object, number: int) -> list[Any] | None:
+    """The tools' schemas: a list, or a list written as JSON, as TRL takes them."""
+    tools = value
+    if isinstance(value, str):
+        try:
+            tools = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(number, f"'tools' is text but not JSON ({shown(str(error))}): {shown(value)}") from error
+    if tools is not None and not isinstance(tools, list):
+        raise RowError(number, f"'tools' must be a list of tool schemas, or one written as JSON, not {shown(tools)}")
+    return tools
+
+
+def _chat_template_kwargs(value: object, number: int) -> dict[str, Any]:
+    """The chat template's further arguments; none where the row has none."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RowError(number, f"'chat_template_kwargs' must be an object, not {shown(value)}")
+    return value
+
+
+def _kind(value: Text) -> str:
+    return "text" if isinstance(value, str) else "messages"
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DatasetError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's progress bars and messages off standard error while a local file is read."""
+    import datasets
+
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _unreadable(name: str, error: Exception, hint: str | None) -> DatasetError | StorageError:
+    """Name what is wrong in one line: what we found ourselves, or else what the library says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            where = f" ({cause.filename!r})" if cause.filename else ""
+            return StorageError(
+                f"{name!r} could not be written to the cache of the datasets library: {cause.strerror}{where}; "
+                "set HF_DATASETS_CACHE to a folder with room"
+            )
+        cause = cause.__cause__
+    # `DatasetGenerationError` only says that something went wrong; what, its cause says.
+    said = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    message = shown(_HUB_TOKEN.sub("hf_...", str(said))) if str(said) else type(said).__name__
+    return DatasetError(f"{name!r} cannot be read: " + (hint or message) + (f" ({message})" if hint else ""))
+
+
+def _fault_in(path: Path) -> str | None:
+    """Say where a JSON or compressed file that could not be read is at fault, if that can be found."""
+    name = path.name.lower()
+    try:
+        with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
+            if name.removesuffix(".gz").endswith(".json"):
+                return _fault_in_document(file.read())
+            for number, line in enumerate(file, start=1):
+                if ".jsonl" in name and (fault := _fault_in_line(line)):
+                    return f"line {number} {fault}: mend or remove it"
+    except (OSError, EOFError, zlib.error) as error:
+        return f"the compressed file is damaged or cut short; get it again ({shown(str(error))})"
+    return None
+
+
+def _fault_in_document(text: bytes) -> str | None:
+    """Say where a .json file is at fault: one document, or else one object a line."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            return f"line {error.lineno}, column {error.colno} is not JSON ({error.msg}): mend it"
+        for number, line in enumerate(text.splitlines(), start=1):
+            if fault := _fault_in_line(line):
+                return f"line {number} {fault}: mend or remove it"
+    except UnicodeDecodeError as error:
+        return f"byte {error.start + 1} is not UTF-8: convert the file"
+    except ValueError as error:
+        return f"it is not JSON ({shown(str(error))})"
+    except RecursionError:
+        return "it is nested too deeply"
+    return None
+
+
+def _fault_in_line(line: bytes) -> str | None:
+    """Say why a line of JSON Lines is not an object, or None."""
+    try:
+        value = json.loads(line) if line.strip() else {}
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    except ValueError as error:
+        return f"is not JSON ({shown(str(error))})"
+    except RecursionError:
+        return "is nested too deeply"
+    return None if isinstance(value, dict) else f"is not an object ({shown(value)})"

@@ -1,0 +1,76 @@
+"""A run's metrics as a person reads them in a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# What is shown, in this order, and how it is called beside TRL's key.
+ROWS = (
+    ("eval_loss", "loss"),
+    ("eval_rewards/accuracies", "reward accuracy"),
+    ("eval_rewards/margins", "reward margin"),
+    ("eval_rewards/chosen", "reward, chosen"),
+    ("eval_rewards/rejected", "reward, rejected"),
+    ("eval_logps/chosen", "log-prob, chosen (nats)"),
+    ("eval_logps/rejected", "log-prob, rejected (nats)"),
+    ("eval_logits/chosen", "mean logit, chosen"),
+    ("eval_logits/rejected", "mean logit, rejected"),
+    ("eval_entropy", "entropy (nats a token)"),
+    ("eval_mean_token_accuracy", "token accuracy, chosen"),
+)
+
+
+def print_metrics(metrics: dict[str, Any], console: Console) -> None:
+    """Print the metrics with their intervals, the counts, and what the time went to.
+
+    Args:
+        metrics: the content of metrics.json.
+        console: where to.
+    """
+    provenance = metrics["provenance"]
+    settings = provenance["settings"]
+    loss = " + ".join(settings["loss_type"])
+    title = f"{provenance['dataset']['name']}, {metrics['counts']['pairs']:,} pairs, {loss}, beta {settings['beta']:g}"
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    table.add_column("metric")
+    table.add_column("key", style="dim")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for key, name in ROWS:
+        interval = metrics["intervals"].get(key)
+        shown = f"{interval[0]:.4f} … {interval[1]:.4f}" if interval else ""
+        table.add_row(name, key, f"{metrics[key]:.4f}", shown)
+    console.print(table)
+    if "groups" in metrics:
+        console.print(_groups(metrics["groups"]))
+    counts, timing = metrics["counts"], metrics["timing"]
+    console.print(
+        f"{counts['ties']:,} ties, {counts['truncated']:,} pairs truncated, {counts['skipped']:,} rows skipped; "
+        f"aggregate {provenance['aggregate']}"
+    )
+    console.print(
+        f"{timing['total_seconds']:.1f} s: scoring {timing['score_seconds']:.1f} "
+        f"({counts['pairs'] / max(timing['score_seconds'], 1e-9):.1f} pairs/s), tokenising "
+        f"{timing['tokenize_seconds']:.1f}, waiting for the engines {timing['load_seconds']:.1f}; "
+        f"{escape(provenance['engine'])}, {provenance['precision']}",
+        highlight=False,
+    )
+
+
+def _groups(groups: dict[str, dict[str, Any]]) -> Table:
+    """One line a group; names come from the data, so their markup is not obeyed."""
+    table = Table(title="by group", title_justify="left", header_style="bold")
+    for column in ("group", "pairs", "reward accuracy", "95 % interval", "reward margin"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for name, group in groups.items():
+        low, high = group["intervals"]["eval_rewards/accuracies"]
+        table.add_row(
+            escape("".join(character if character.isprintable() else "�" for character in name))[:60],
+            f"{group['pairs']:,}",
+            f"{group['eval_rewards/accuracies']:.4f}",
+            f"{low:.4f} … {high:.4f}",
+            f"{group['eval_rewards/margins']:.4f}",
+        )
+    return table

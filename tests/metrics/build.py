@@ -1,0 +1,108 @@
+"""Scored pairs for the tests: from token values, at random, and joined from parts."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from dpo_fast.types import CompletionScores, PairScores
+
+
+def completion(
+    token_log_probs: list[list[float]],
+    log_sum_sq_prob: list[float] | None = None,
+    entropy: list[float] | None = None,
+    mean_logit: list[float] | None = None,
+    top1: list[int] | None = None,
+) -> CompletionScores:
+    """One branch from each completion's token log-probs and, per completion, its other sums (0 where not given)."""
+    zeros = [0.0] * len(token_log_probs)
+    return CompletionScores(
+        log_probs=np.array([value for tokens in token_log_probs for value in tokens], dtype=np.float32),
+        lengths=np.array([len(tokens) for tokens in token_log_probs], dtype=np.int64),
+        entropy=np.array(entropy or zeros, dtype=np.float64),
+        mean_logit=np.array(mean_logit or zeros, dtype=np.float64),
+        top1=np.array(top1 or zeros, dtype=np.int64),
+        log_sum_sq_prob=np.array(log_sum_sq_prob or zeros, dtype=np.float64),
+    )
+
+
+def pair_scores(
+    policy_chosen: CompletionScores,
+    policy_rejected: CompletionScores,
+    reference_chosen: CompletionScores | None = None,
+    reference_rejected: CompletionScores | None = None,
+    prompt_lengths: list[int] | None = None,
+    groups: list[str] | None = None,
+    unscored: int = 0,
+) -> PairScores:
+    """Pairs whose completions have `unscored` tokens more than were scored."""
+    pairs = len(policy_chosen.lengths)
+    return PairScores(
+        rows=np.arange(1, pairs + 1, dtype=np.int64),
+        prompt_lengths=np.array(prompt_lengths or [3] * pairs, dtype=np.int64),
+        chosen_lengths=policy_chosen.lengths + unscored,
+        rejected_lengths=policy_rejected.lengths + unscored,
+        truncated=np.zeros(pairs, dtype=np.bool_),
+        groups=groups,
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )
+
+
+def random_scores(seed: int, pairs: int, groups: int = 0) -> PairScores:
+    """Pairs of random lengths (0 scored tokens included) and log-ratios of some nats; some pairs are exact ties."""
+    generator = np.random.default_rng(seed)
+
+    def branch(lengths: np.ndarray) -> CompletionScores:
+        return CompletionScores(
+            log_probs=-generator.gamma(1.0, 2.0, lengths.sum()).astype(np.float32),
+            lengths=lengths,
+            entropy=lengths * generator.uniform(0.0, 4.0, pairs),
+            mean_logit=lengths * generator.normal(0.0, 3.0, pairs),
+            top1=generator.integers(0, lengths + 1),
+            log_sum_sq_prob=-lengths * generator.uniform(0.0, 3.0, pairs),
+        )
+
+    chosen_lengths, rejected_lengths = generator.integers(0, 9, pairs), generator.integers(0, 9, pairs)
+    tied = generator.random(pairs) < 0.2
+    rejected_lengths[tied] = chosen_lengths[tied] = 0
+    names = [f"group {number}" for number in generator.integers(0, groups, pairs)] if groups else None
+    scores = pair_scores(
+        branch(chosen_lengths),
+        branch(rejected_lengths),
+        branch(chosen_lengths),
+        branch(rejected_lengths),
+        prompt_lengths=list(generator.integers(1, 20, pairs)),
+        groups=names,
+        unscored=1,
+    )
+    return replace(scores, truncated=generator.random(pairs) < 0.3)
+
+
+def concatenate(parts: list[PairScores]) -> PairScores:
+    """The pairs of all parts, one part after another."""
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    def join_branch(name: str) -> CompletionScores | None:
+        branches = [getattr(part, name) for part in parts]
+        if branches[0] is None:
+            return None
+        fields = ("log_probs", "lengths", "entropy", "mean_logit", "top1", "log_sum_sq_prob")
+        return CompletionScores(*(np.concatenate([getattr(branch, field) for branch in branches]) for field in fields))
+
+    return PairScores(
+        rows=join("rows"),
+        prompt_lengths=join("prompt_lengths"),
+        chosen_lengths=join("chosen_lengths"),
+        rejected_lengths=join("rejected_lengths"),
+        truncated=join("truncated"),
+        groups=None if parts[0].groups is None else [name for part in parts for name in part.groups or []],
+        policy_chosen=join_branch("policy_chosen"),
+        policy_rejected=join_branch("policy_rejected"),
+        reference_chosen=join_branch("reference_chosen"),
+        reference_rejected=join_branch("reference_rejected"),
+    )
