@@ -7,16 +7,15 @@ to standard error. Heavy packages are imported by the command that needs them, s
 import json
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dpo_fast import __version__
 from dpo_fast.errors import DpoFastError, UsageError
 from dpo_fast.recipes import DEFAULT
-from dpo_fast.types import AGGREGATES, F_DIVERGENCES, LOSS_TYPES, REFERENCE_FREE, LossSettings
+from dpo_fast.types import LOSS_TYPES, Aggregate, FDivergence, LossSettings, OnError, ReferenceFree
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,12 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-LossType = StrEnum("LossType", {name: name for name in LOSS_TYPES})
-FDivergence = StrEnum("FDivergence", {name: name for name in F_DIVERGENCES})
-ReferenceFree = StrEnum("ReferenceFree", {name: name for name in REFERENCE_FREE})
-Aggregate = StrEnum("Aggregate", {name: name for name in AGGREGATES})
-LayoutChoice = StrEnum("LayoutChoice", {name: name for name in ("auto", "shared", "plain")})
-OnErrorChoice = StrEnum("OnErrorChoice", {name: name for name in ("stop", "skip")})
+LayoutChoice = Literal["auto", "shared", "plain"]
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder that `dpo-fast export` wrote.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -83,7 +77,7 @@ def export_command(
     ] = None,
     layout: Annotated[
         LayoutChoice, typer.Option(help="Whether completions share their prompt's computation.")
-    ] = LayoutChoice.auto,  # type: ignore[attr-defined]
+    ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     no_self_check: Annotated[
         bool, typer.Option("--no-self-check", help="Do not compare the graphs with PyTorch.")
@@ -100,7 +94,7 @@ def export_command(
         reference_revision=reference_revision,
         recipe=recipe,
         max_length=max_length,
-        layout=None if layout == "auto" else str(layout),  # type: ignore[arg-type]
+        layout=None if layout == "auto" else layout,
         self_check=not no_self_check,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
@@ -125,7 +119,7 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
     beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
     loss_type: Annotated[
-        list[LossType] | None, typer.Option(help="Repeat it for a sum of losses.  [default: sigmoid]")
+        list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
     ] = None,
     loss_weight: Annotated[
         list[float] | None, typer.Option(help="One for each --loss-type, in the same order.")
@@ -136,7 +130,7 @@ def evaluate_command(
     ] = None,
     f_divergence_type: Annotated[
         FDivergence, typer.Option(help="Regulariser between policy and reference (f-DPO).")
-    ] = FDivergence.reverse_kl,  # type: ignore[attr-defined]
+    ] = "reverse_kl",
     f_alpha_divergence_coef: Annotated[float, typer.Option(help="Alpha of alpha_divergence.")] = 0.5,
     use_weighting: Annotated[
         bool, typer.Option("--use-weighting", help="Weight pairs by the policy's probabilities (WPO).")
@@ -146,7 +140,7 @@ def evaluate_command(
     group_by: Annotated[str | None, typer.Option(help="Column whose values get metrics of their own.")] = None,
     aggregate: Annotated[
         Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
-    ] = Aggregate.exact,  # type: ignore[attr-defined]
+    ] = "exact",
     batch_size: Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")] = 8,
     max_length: Annotated[
         int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
@@ -155,8 +149,8 @@ def evaluate_command(
         int | None, typer.Option(help="Tokens of an engine's batch; the recipe's by default. Changes no number.")
     ] = None,
     on_error: Annotated[
-        OnErrorChoice, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
-    ] = OnErrorChoice.stop,  # type: ignore[attr-defined]
+        OnError, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
+    ] = "stop",
     seed: Annotated[int, typer.Option(help="Of the bootstrapped intervals.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
@@ -167,24 +161,24 @@ def evaluate_command(
 
     loss = LossSettings(
         beta=beta,
-        loss_type=tuple(str(name) for name in loss_type or ("sigmoid",)),
+        loss_type=tuple(loss_type or ("sigmoid",)),
         loss_weights=tuple(loss_weight) if loss_weight else None,
         label_smoothing=label_smoothing,
         ld_alpha=ld_alpha,
-        f_divergence_type=str(f_divergence_type),
+        f_divergence_type=f_divergence_type,
         f_alpha_divergence_coef=f_alpha_divergence_coef,
         use_weighting=use_weighting,
         discopop_tau=discopop_tau,
-        reference_free=None if reference_free is None else str(reference_free),
+        reference_free=reference_free,
     )
     options = EvaluateOptions(
         split=split,
         limit=limit,
         group_by=group_by,
-        on_error=str(on_error),  # type: ignore[arg-type]
+        on_error=on_error,
         max_length=max_length,
         loss=loss,
-        aggregate=str(aggregate),
+        aggregate=aggregate,
         batch_size=batch_size,
         token_budget=token_budget,
         seed=seed,

@@ -110,7 +110,8 @@ def run_demo(
 
     Returns:
         `passed` and `failures` (the checks); `metrics` (for each name: `dpo_fast`, `trl`, `difference`);
-        `largest_difference` and `tolerance`; `reward_accuracy` and its `reward_accuracy_interval` (95 %, Wilson);
+        `largest_difference` and `tolerance`; `reward_accuracy` (a mean over pairs), its
+        `reward_accuracy_interval` (95 %, Wilson) and `reward_accuracy_by_task`;
         `preference_rate` (share of held-out pairs where a model gives the chosen completion the higher log-prob;
         `reference`, `policy`); `seconds` (by step); `paths`; `seed` and `settings`.
 
@@ -162,7 +163,10 @@ def run_demo(
             str(output / MARKER),
             paths["run"],
             EvaluateOptions(
-                aggregate="trl", batch_size=settings.eval_batch_size, loss=LossSettings(beta=settings.beta)
+                aggregate="trl",
+                batch_size=settings.eval_batch_size,
+                loss=LossSettings(beta=settings.beta),
+                group_by="task",
             ),
         )
     seconds["evaluate_scoring"] = our_metrics["timing"]["score_seconds"]
@@ -170,14 +174,18 @@ def run_demo(
     comparison = compare_metrics(our_metrics, trl_metrics)
     low, high = our_metrics["intervals"]["eval_rewards/accuracies"]
     failures = failed_checks(comparison, low)
+    groups = our_metrics["groups"]
+    # The groups' accuracies are over pairs, whereas the one above is a mean of batch means, as TRL's.
+    pairs_won = sum(group["pairs"] * group["eval_rewards/accuracies"] for group in groups.values())
     results = {
         "passed": not failures,
         "failures": failures,
         "metrics": comparison,
         "largest_difference": max(values["difference"] for values in comparison.values()),
         "tolerance": TOLERANCE,
-        "reward_accuracy": our_metrics["eval_rewards/accuracies"],
+        "reward_accuracy": pairs_won / our_metrics["counts"]["pairs"],
         "reward_accuracy_interval": [low, high],
+        "reward_accuracy_by_task": {task: group["eval_rewards/accuracies"] for task, group in groups.items()},
         "preference_rate": rates,
         "seconds": seconds,
         "paths": {name: str(path) for name, path in paths.items()},
@@ -395,9 +403,10 @@ def print_results(results: dict[str, Any], console: Console) -> None:
 
     seconds, rates, paths = results["seconds"], results["preference_rate"], results["paths"]
     low, high = results["reward_accuracy_interval"]
+    tasks = ", ".join(f"{task} {accuracy:.3f}" for task, accuracy in results["reward_accuracy_by_task"].items())
     lines = [
         f"Largest difference, relative to max(1, |TRL's value|): {results['largest_difference']:.1e}",
-        f"Held-out reward accuracy: {results['reward_accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}",
+        f"Held-out reward accuracy: {results['reward_accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({tasks})",
         f"Held-out pairs whose chosen completion is the likelier: reference {rates['reference']:.3f}, "
         f"policy {rates['policy']:.3f}",
         f"TRL evaluate(): {seconds['trl_evaluate']:.2f} s with both models, loaded and tokenised beforehand",

@@ -20,13 +20,13 @@ from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError, DatasetError, OutputExistsError, StorageError, UsageError
 from dpo_fast.files import refuse_existing, storage_errors, write_json, write_text
 from dpo_fast.metrics.summary import compute_metrics
-from dpo_fast.preferences import OnError, PreferenceSet, load_preferences
+from dpo_fast.preferences import PreferenceSet, load_preferences
 from dpo_fast.provenance import hardware, versions
 from dpo_fast.publish.card import write_card
 from dpo_fast.scores import ScoredPairs, score_pairs
 from dpo_fast.store import PAIRS_PER_PART, Fingerprint, ScoreStore, token_hash
 from dpo_fast.tokens import load_tokenizer, tokenize
-from dpo_fast.types import AGGREGATES, LossSettings, SkippedRow, TokenizedPair
+from dpo_fast.types import AGGREGATES, LossSettings, OnError, SkippedRow, TokenizedPair
 
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"

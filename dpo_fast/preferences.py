@@ -1,7 +1,7 @@
 """Rows: read a preference data set and give it row by row, as TRL would see it.
 
 Files are read with the `datasets` library, as TRL's users do, so that what Arrow does to a row (a message key that
-only some rows have is None in the others) is done here too.
+only some rows have is None in the others; a CSV field that reads NA or None is missing) is done here too.
 
 Where a row has no `prompt`, the prompt is what `chosen` and `rejected` begin with (trl/data_utils.py 1.16,
 `extract_prompt`). Kept, because the numbers depend on it:
@@ -28,15 +28,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import DatasetError, RowError, StorageError, UsageError
-from dpo_fast.types import Message, PreferenceRow, SkippedRow, Text
+from dpo_fast.types import Message, OnError, PreferenceRow, SkippedRow, Text
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-OnError = Literal["stop", "skip"]
 
 # The suffixes that are read, and the loader of the `datasets` library for each.
 LOADERS = {
@@ -131,17 +130,23 @@ def load_preferences(
 
     Raises:
         DatasetError: no such file, a file that cannot be read, no such split, no preferences in it, or no rows.
-        UsageError: `limit` below 1, `split` for a file, `group_by` a column that is not there.
+        UsageError: no `dataset`, `limit` below 1, `split` for a file, `group_by` a column that is not there.
         StorageError: the library's cache cannot be written.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be at least 1")
+    if not dataset:
+        raise UsageError("--dataset is empty: give a file, a folder or a data set on the Hub (owner/name)")
     path = Path(dataset)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise DatasetError(f"{shown(dataset)} cannot be read: {error.strerror}") from error
+    if is_file:
         if split is not None:
             raise UsageError(f"--split {split!r}: {dataset!r} is one file and has no splits; leave --split out")
         loaded, fingerprint = _load_file(path)
-    elif path.is_dir():
+    elif is_folder:
         splits, fingerprint = _load_folder(path)
         loaded, split = _choose_split(splits, dataset, split)
     elif _HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(tuple(LOADERS)):
@@ -159,7 +164,7 @@ def load_preferences(
         # The JSON loader lets bytes through that are not UTF-8, at which the reading of some later row would fail.
         _used_columns(loaded, group_by).data.validate(full=True)
     except ValueError as error:
-        raise _unreadable(dataset, error, _fault_in(path) if path.is_file() else None) from error
+        raise _unreadable(dataset, error, _fault_in(path) if is_file else None) from error
     return PreferenceSet(dataset, split, loaded, fingerprint, group_by)
 
 

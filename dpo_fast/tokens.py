@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dpo_fast.errors import CheckpointError, RowError, UsageError
-from dpo_fast.preferences import OnError, shown
-from dpo_fast.types import Message, PreferenceRow, SkippedRow, TokenizedPair
+from dpo_fast.preferences import shown
+from dpo_fast.types import Message, OnError, PreferenceRow, SkippedRow, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,6 +29,7 @@ ReferenceFree = Literal["sum", "average", "norm"]
 REFERENCE_FREE: tuple[str, ...] = get_args(ReferenceFree)
 Aggregate = Literal["exact", "trl"]
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
+OnError = Literal["stop", "skip"]
 
 # The losses built on the difference of the two rewards, in which an f-divergence's partition term cancels; TRL
 # (trl/trainer/dpo_trainer.py, `f_divergence_loss_types`) rejects the others with anything but reverse_kl.
@@ -196,9 +197,13 @@ class LossSettings:
             raise UsageError(f"no loss type given; choose from {', '.join(LOSS_TYPES)}")
         if not (np.isfinite(self.beta) and self.beta > 0):
             raise UsageError(f"--beta {self.beta} must be a positive number")
+        if not all(np.isfinite(weight) for weight in self.loss_weights or ()):
+            raise UsageError(f"--loss-weight {self.loss_weights} must be finite numbers")
+        if not np.isfinite(self.f_alpha_divergence_coef):
+            raise UsageError(f"--f-alpha-divergence-coef {self.f_alpha_divergence_coef} must be a finite number")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise UsageError(
-                f"{len(self.loss_weights)} --loss-weights for {len(self.loss_type)} --loss-type; give one for each"
+                f"{len(self.loss_weights)} --loss-weight for {len(self.loss_type)} --loss-type; give one for each"
             )
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"--label-smoothing {self.label_smoothing} must be in [0, 1)")

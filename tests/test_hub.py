@@ -20,6 +20,9 @@ from dpo_fast.errors import HubError, InputError, UsageError
 from dpo_fast.publish.card import write_card
 from dpo_fast.publish.hub import push
 
+# huggingface_hub's own uploads call httpx2 in a way that it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 REPO_ID = "someone/policy"
 METRICS = {"eval_loss": 0.5, "counts": {"pairs": 3}, "provenance": {"dataset": {"name": "someone/pairs"}}}
 
@@ -286,8 +289,11 @@ def test_a_failing_xet_upload_is_a_hub_error_too(
     """With hf_xet installed huggingface_hub uploads through it, whose errors come from a library in Rust."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     pytest.importorskip("hf_xet")
+    hub.faults["xet_token"] = 403
 
-    assert "XET" in refusal(hub, folder)
+    message = refusal(hub, folder)
+    assert "403" in message
+    assert "HF_HUB_DISABLE_XET=1" in message
     assert "xet_token" in hub.steps()
 
 

@@ -14,7 +14,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl.data_utils import extract_prompt
 
 from dpo_fast.errors import DatasetError, DpoFastError, RowError, StorageError, UsageError
 from dpo_fast.preferences import PreferenceSet, load_preferences, shown
@@ -41,6 +40,10 @@ def assistant(content: str) -> dict[str, str]:
 
 def in_memory(*records: dict[str, Any], group_by: str | None = None) -> PreferenceSet:
     return PreferenceSet("memory", None, Dataset.from_list(list(records)), "fingerprint", group_by)
+
+
+def trl_extract_prompt(record: dict[str, Any]) -> dict[str, Any]:
+    return pytest.importorskip("trl.data_utils").extract_prompt(record)
 
 
 def jsonl(records: list[dict[str, Any]]) -> bytes:
@@ -174,7 +177,7 @@ def test_real_prompts_are_trls() -> None:
     assert len(preferences) == 2312
     for row, record in zip(preferences.rows(), preferences.dataset, strict=True):
         assert isinstance(row, PreferenceRow)
-        assert {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} == extract_prompt(record)
+        assert {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} == trl_extract_prompt(record)
 
 
 # ---- the implicit prompt
@@ -199,7 +202,7 @@ def test_implicit_prompt(chosen: Any, rejected: Any, prompt: Any) -> None:
     assert row.prompt == prompt
     assert row.prompt + row.chosen == chosen
     assert row.prompt + row.rejected == rejected
-    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
+    expected = trl_extract_prompt({"chosen": chosen, "rejected": rejected})
     assert (row.prompt, row.chosen, row.rejected) == (expected["prompt"], expected["chosen"], expected["rejected"])
 
 
@@ -213,7 +216,7 @@ def test_implicit_prompts_are_trls(rows: list[tuple[str, str, str]]) -> None:
     """Equal to TRL's wherever the two begin alike; refused where TRL finds no prompt or looks behind the end."""
     records = [{"chosen": prompt + chosen, "rejected": prompt + rejected} for prompt, chosen, rejected in rows]
     for record, row in zip(records, in_memory(*records).rows(on_error="skip"), strict=True):
-        expected = extract_prompt(record)
+        expected = trl_extract_prompt(record)
         if isinstance(row, PreferenceRow):
             assert (row.prompt, row.chosen, row.rejected) == tuple(expected[key] for key in expected)
             assert row.prompt
@@ -388,15 +391,22 @@ def test_bad_file(case: str, tmp_path: Path) -> None:
     assert reason in message
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "owner/missing.parquet", "./missing", "missing", "json", "a b", ""])
+@pytest.mark.parametrize("name", ["missing.jsonl", "owner/missing.parquet", "./missing", "missing", "json", "a b"])
 def test_no_such_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`json` is a loader of the library, which would read all files of the working folder."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "other.jsonl", [PAIR])
-    if name:
-        with pytest.raises(DatasetError, match="no such file or folder") as error:
-            load_preferences(name)
-        assert repr(name) in one_line(error)
+    with pytest.raises(DatasetError, match="no such file or folder") as error:
+        load_preferences(name)
+    assert repr(name) in one_line(error)
+
+
+def test_names_that_no_file_can_have() -> None:
+    with pytest.raises(UsageError, match="--dataset is empty"):
+        load_preferences("")
+    with pytest.raises(DatasetError, match="File name too long") as error:
+        load_preferences("x" * 5000)
+    one_line(error)
 
 
 def test_hub_that_cannot_be_reached() -> None:

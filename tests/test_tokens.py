@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from test_preferences import REAL_DATA, assistant, library_cache, one_line, user, write
 from toy_tokenizers import CHAT_TEMPLATES, EOS, TEXT_TOKENIZERS, byte_bpe, chat
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
-from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from dpo_fast import tokens
 from dpo_fast.errors import CheckpointError, RowError, UsageError
@@ -59,12 +58,13 @@ CALL = {
 
 def trl_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[TokenizedPair]:
     """What TRL evaluates: its preparation, then its collator's truncation, one pair a batch."""
+    trl = pytest.importorskip("trl.trainer.dpo_trainer")
     numbered = dataset.add_column("number", list(range(1, len(dataset) + 1)))
     arguments = SimpleNamespace(max_length=max_length, truncation_mode="keep_start", dataset_num_proc=None)
-    prepared = DPOTrainer._prepare_dataset(
+    prepared = trl.DPOTrainer._prepare_dataset(
         SimpleNamespace(_tokenizer=tokenizer), numbered, tokenizer, arguments, "eval"
     )
-    collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length)
+    collator = trl.DataCollatorForPreference(pad_token_id=0, max_length=max_length)
     pairs = []
     for example in prepared:
         batch = collator([example])

@@ -93,14 +93,13 @@ def trace(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: 
     sample |= {name: torch.zeros(16, dtype=torch.long, device=meta) for name in ("target_index", "target_ids")}
     with _quiet_exporters():
         try:
-            graph: ir.Model = (
-                OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True, optimize=False)).program
-            )
+            exported = OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True, optimize=False))
         except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{type(config).__name__}: this architecture cannot be traced ({_first_line(error)}); "
                 f"transformers {transformers.__version__}, torch {torch.__version__}"
             ) from error
+        graph: ir.Model = exported.program
         # Computed buffers (rotary frequencies) were traced without values too: take them from a model whose
         # parameters alone are empty.
         with init_empty_weights(include_buffers=False):

@@ -168,6 +168,12 @@ def _explain(error: BaseException, repo_id: str) -> str:
         return f"the connection to {host} broke off ({one_line(error)}): push again, what has arrived is not sent twice"
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot read {one_line(repr(str(error.filename)))} ({error.strerror}): check its permissions"
+    if isinstance(error, OSError):
+        # hf_xet's errors, which carry no status: ConnectionError, XetAuthenticationError (a PermissionError) and such.
+        return (
+            f"{host} did not take the weights into its Xet storage ({one_line(error)}): check that the token may write"
+            f" to {repo_id!r}, then push again, or upload without Xet by HF_HUB_DISABLE_XET=1"
+        )
     if isinstance(error, json.JSONDecodeError | KeyError):
         return f"{host} did not answer as a Hub does ({one_line(error)}): check HF_ENDPOINT, or push again later"
     return f"the push to {repo_id!r} failed ({type(error).__name__}: {one_line(error)}): mend it, then push again"
