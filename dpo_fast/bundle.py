@@ -21,8 +21,9 @@ MANIFEST = "bundle.json"
 FORMAT = 1
 POLICY, REFERENCE = "policy", "reference"
 ROLES = (POLICY, REFERENCE)
-# The model card is written again after each evaluation; everything else stays as it was exported.
-UNTRACKED = "README.md"
+# The model card is written again after each evaluation, and the manifest cannot hold its own hash; everything else
+# stays as it was exported.
+UNTRACKED = frozenset({MANIFEST, f"{POLICY}/README.md"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +172,8 @@ def open_bundle(folder: Path) -> Bundle:
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a bundle that evaluations leave alone, by path."""
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != UNTRACKED and path.name != MANIFEST
-    )
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = sorted(paths - UNTRACKED)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         hashes = threads.map(lambda name: sha256(folder / name), names)
         return {

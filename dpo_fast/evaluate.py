@@ -17,7 +17,7 @@ from dpo_fast.batches import Batch
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.engines import open_engine
 from dpo_fast.engines.base import Engine
-from dpo_fast.errors import BundleError, DatasetError, OutputExistsError, StorageError, UsageError
+from dpo_fast.errors import BundleError, DatasetError, InputError, OutputExistsError, UsageError
 from dpo_fast.files import refuse_existing, storage_errors, write_json, write_text
 from dpo_fast.metrics.summary import compute_metrics
 from dpo_fast.preferences import PreferenceSet, load_preferences
@@ -312,5 +312,5 @@ def _update_card(bundle: Bundle, metrics: dict[str, Any], report: Callable[[str]
     base_model = reference.source if reference is not None and reference.revision is not None else None
     try:
         write_card(bundle.model_folder(POLICY), metrics, base_model=base_model)
-    except StorageError as error:
+    except InputError as error:
         report(f"the model card was not updated: {error}")

@@ -44,6 +44,7 @@ METRICS: dict[str, Any] = {
         "engine": "onnxruntime",
         "precision": "float32",
         "aggregate": "exact",
+        "limit": 71,
         "dataset": {"name": "Anthropic/hh-rlhf", "split": "test"},
         "settings": {"beta": 0.25, "loss_type": ["sigmoid", "sft"], "reference_free": None},
     },
@@ -174,6 +175,7 @@ def test_tables_show_the_metrics_their_intervals_and_the_groups() -> None:
     assert page.tags.count("table") == 2
     for line in (
         "Pairs: 64 (ties 5, truncated 6, skipped 7)",
+        "First rows only: 71",
         "Loss type: sigmoid, sft",
         "Beta: 0.25",
         "Engine: onnxruntime",

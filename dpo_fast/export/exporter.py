@@ -2,10 +2,8 @@
 
 import json
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from dpo_fast.export import checkpoint, graph, weights
 from dpo_fast.export.checkpoint import Checkpoint, open_checkpoint
 from dpo_fast.export.self_check import SelfCheck, self_check
 from dpo_fast.files import new_folder
+from dpo_fast.provenance import versions
 from dpo_fast.publish.card import write_card
 from dpo_fast.recipes import DEFAULT, load_recipe
 from dpo_fast.tokens import load_tokenizer
@@ -131,13 +130,13 @@ def export(
                 )
                 report(f"{role}: {checked}")
             entries[role] = _entry(role, model, checked, options)
-            write_card(folder / role, None)
+        write_card(folder / POLICY, None)
         report("hashing")
         write_manifest(
             folder,
             Manifest(
                 format=FORMAT,
-                versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+                versions=versions(PACKAGES),
                 recipe=asdict(recipe),
                 max_length=max_length,
                 inputs=graph.INPUTS,

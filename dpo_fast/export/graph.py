@@ -13,11 +13,6 @@ A state sees itself, what precedes it in its own segment, and the prompt.
 """
 
 import inspect
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import onnx_ir as ir
@@ -29,6 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from dpo_fast.errors import CheckpointError
+from dpo_fast.quiet import quiet
 
 INPUTS = {
     "input_ids": ["B", "T"],
@@ -91,25 +87,27 @@ def trace(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: 
     # Sizes that differ from each other, and from 1: equal ones would be taken for the same dimension.
     sample = {name: torch.zeros(2, 24, dtype=torch.long, device=meta) for name in INPUTS if name.endswith("ids")}
     sample |= {name: torch.zeros(16, dtype=torch.long, device=meta) for name in ("target_index", "target_ids")}
-    with _quiet_exporters():
+    # DYNAMIC, not AUTO: a size that tracing would fix to the sample's is an error.
+    shapes = {name: dict.fromkeys(range(len(INPUTS[name])), torch.export.Dim.DYNAMIC) for name in sample}
+    settings = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False)
+    # Computed buffers (rotary frequencies) are traced without values too: take them from a model whose parameters
+    # alone are empty.
+    with init_empty_weights(include_buffers=False):
+        buffers = dict(_build(config, trust_remote_code).named_buffers())
+    with quiet():
         try:
-            exported = OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True, optimize=False))
+            graph: ir.Model = OnnxExporter().export(model, sample, config=settings).program
+            for name, value in graph.graph.initializers.items():
+                if name in parameters:
+                    value.const_value = None
+                elif name in buffers:
+                    value.const_value = ir.tensor(buffers[name].numpy(), name=name)
+            optimize_ir(graph, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT)
         except (RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
             raise CheckpointError(
-                f"{type(config).__name__}: this architecture cannot be traced ({_first_line(error)}); "
+                f"{type(config).__name__}: this architecture cannot be exported ({_first_line(error)}); "
                 f"transformers {transformers.__version__}, torch {torch.__version__}"
             ) from error
-        graph: ir.Model = exported.program
-        # Computed buffers (rotary frequencies) were traced without values too: take them from a model whose
-        # parameters alone are empty.
-        with init_empty_weights(include_buffers=False):
-            buffers = dict(_build(config, trust_remote_code).named_buffers())
-        for name, value in graph.graph.initializers.items():
-            if name in parameters:
-                value.const_value = None
-            elif name in buffers:
-                value.const_value = ir.tensor(buffers[name].numpy(), name=name)
-        optimize_ir(graph, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT)
     _divide_by_roots(graph)
     _name_dimensions(graph)
     return graph
@@ -301,20 +299,3 @@ def _first_line(error: BaseException) -> str:
     """An exception's first line, shortened: exporters append pages."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
-
-
-@contextmanager
-def _quiet_exporters() -> Iterator[None]:
-    """Keep the exporters' progress and warnings about parameters without values off the screen."""
-    names = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "transformers")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        # torch.onnx reports its progress by print, and standard output belongs to results.
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

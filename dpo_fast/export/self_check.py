@@ -11,6 +11,7 @@ from dpo_fast.batches import LAYOUTS, Layout, make_batches
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.errors import SelfCheckError
+from dpo_fast.quiet import quiet
 from dpo_fast.scores import check_scores
 from dpo_fast.types import TokenizedPair
 
@@ -121,9 +122,14 @@ def _plain_scores(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=True
-    ).eval()
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        ).eval()
     config = model.config.get_text_config()
     pairs = _probes(model.get_output_embeddings().weight.shape[0], config)
     expected = {}

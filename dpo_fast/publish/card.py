@@ -280,6 +280,7 @@ def _facts(metrics: dict[str, Any]) -> list[dict[str, str]]:
     loss_types = [text for name in _as_list(settings.get("loss_type")) if (text := _text(name))]
     values = {
         "Pairs": pairs and pairs + (f" ({', '.join(details)})" if details else ""),
+        "First rows only": _text(provenance.get("limit")),
         "Loss type": ", ".join(loss_types),
         "Beta": _text(settings.get("beta")),
         "Scored without a reference": _text(settings.get("reference_free")),

@@ -1,0 +1,33 @@
+"""Other libraries' chatter kept off the screen, while errors stay what they are."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+CHATTY = ("onnx_ir", "onnxscript", "torch.onnx", "torch.export", "transformers")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block, exporters and loaders print no progress, no warnings and no bars.
+
+    Standard output is held back too: torch.onnx prints its progress there, and it belongs to results.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in CHATTY}
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
