@@ -5,7 +5,7 @@ rows -> tokens -> batches -> engine -> scores -> metrics, each in its own module
 
 import json
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +18,13 @@ from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.engines import open_engine
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError, DatasetError, InputError, OutputExistsError, UsageError
-from dpo_fast.files import refuse_existing, storage_errors, write_json, write_text
+from dpo_fast.files import storage_errors, write_json, write_text
 from dpo_fast.metrics.summary import compute_metrics
 from dpo_fast.preferences import PreferenceSet, load_preferences
 from dpo_fast.provenance import hardware, versions
 from dpo_fast.publish.card import write_card
 from dpo_fast.scores import ScoredPairs, score_pairs
-from dpo_fast.store import PAIRS_PER_PART, Fingerprint, ScoreStore, token_hash
+from dpo_fast.store import PAIRS_PER_PART, Fingerprint, ScoreStore, row_hash, token_hash
 from dpo_fast.tokens import load_tokenizer, tokenize
 from dpo_fast.types import AGGREGATES, LossSettings, OnError, SkippedRow, TokenizedPair
 
@@ -126,9 +126,9 @@ def evaluate(
         load_seconds = time.perf_counter() - started
 
     started = time.perf_counter()
-    if options.overwrite and output.exists():
-        shutil.rmtree(output)
     store = ScoreStore(output / SCORES)
+    if options.overwrite:
+        _remove_run(output, store)
     try:
         parts, computed, padding = _score(tokens.pairs, opened, engines, store, options)
     except BaseException:
@@ -163,16 +163,30 @@ def _check_options(options: EvaluateOptions) -> None:
     for name, value in (("--batch-size", options.batch_size), ("--token-budget", options.token_budget)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value} must be at least 1")
+    if options.seed < 0:
+        raise UsageError(f"--seed {options.seed} must be at least 0")
 
 
 def _check_output(output: Path, options: EvaluateOptions) -> None:
-    """Let an unfinished run go on; refuse everything else that exists."""
-    unfinished = (output / SCORES).is_dir() and not (output / METRICS).exists()
-    if unfinished:
+    """Take a new or an empty folder, an unfinished run, and with `overwrite` a finished one; refuse all else."""
+    if not os.path.lexists(output):
         return
-    if (output / METRICS).exists() and not options.overwrite:
+    is_empty = output.is_dir() and not any(output.iterdir())
+    has_metrics = (output / METRICS).exists()
+    is_unfinished = (output / SCORES).is_dir() and not has_metrics
+    is_finished = has_metrics and any((output / SCORES).glob("part-*.parquet"))
+    if is_finished and not options.overwrite:
         raise OutputExistsError(f"{output}: holds a finished run; name another folder, or say --overwrite")
-    refuse_existing(output, overwrite=options.overwrite, marker=METRICS)
+    if not (is_empty or is_unfinished or is_finished):
+        raise OutputExistsError(f"{output}: exists and is no run of `dpo-fast evaluate`; name another folder")
+
+
+def _remove_run(output: Path, store: ScoreStore) -> None:
+    """Remove the files of a run; the metrics first, so that what is left of a run never looks finished."""
+    with storage_errors(output):
+        (output / METRICS).unlink(missing_ok=True)
+        (output / SKIPPED).unlink(missing_ok=True)
+        store.clear()
 
 
 def _max_length(bundle: Bundle, options: EvaluateOptions) -> int:
@@ -202,7 +216,7 @@ def _tokenize(preferences: PreferenceSet, bundle: Bundle, max_length: int, optio
         raise DatasetError(
             f"{preferences.name}: none of {len(preferences)} rows can be used; row {first.row}: {first.reason}"
         )
-    vocabulary = bundle.manifest.models[POLICY].vocabulary
+    vocabulary = min(entry.vocabulary for entry in bundle.manifest.models.values())
     for pair in tokens.pairs:
         largest = max(max(ids, default=0) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
         if largest >= vocabulary:
@@ -225,6 +239,15 @@ def _score(
 
     token_budget = options.token_budget or bundle.manifest.recipe["token_budget"]
     parts = math.ceil(len(pairs) / PAIRS_PER_PART)
+    # A disk that refuses is better found now than after the first part.
+    with storage_errors(store.folder):
+        store.folder.mkdir(parents=True, exist_ok=True)
+    # Parts are consecutive: one more than there should be means that the run was of more pairs.
+    if store.path(parts).exists():
+        raise OutputExistsError(
+            f"{store.folder.parent}: holds an unfinished run of more than {len(pairs)} pairs; name another folder, "
+            "or say --overwrite"
+        )
     computed = padding = 0
     # A completion under one model is the unit, so that the bar moves evenly.
     bar = tqdm(total=2 * len(pairs) * len(engines), unit=" completions", disable=not options.progress, desc="scoring")
@@ -253,6 +276,7 @@ def _fingerprint(pairs: Sequence[TokenizedPair], bundle: Bundle, role: str, engi
     """What a role's scores of these pairs depend on."""
     return {
         "token ids": token_hash(pairs),
+        "row numbers, truncation or groups": row_hash(pairs),
         "weights and graph": bundle.role_hash(role),
         "engine": engine.name,
         "precision": engine.precision,

@@ -98,9 +98,10 @@ def check_scores(scores: TokenScores, batch: Batch, pairs: Sequence[TokenizedPai
     for field in fields(scores):
         values = getattr(scores, field.name)
         if values.shape != (wanted,):
+            first = pairs[int(batch.completions[0, 0])].row
             raise EngineOutputError(
-                f"the engine returned {field.name} of shape {list(values.shape)} for {wanted} tokens; "
-                "nothing of this run can be trusted: export the bundle again, or use another engine"
+                f"row {first} and its batch: the engine returned {field.name} of shape {list(values.shape)} for "
+                f"{wanted} tokens; nothing of this run can be trusted: export the bundle again, or use another engine"
             )
         wrong = ~np.isfinite(values)
         if field.name == "log_prob":

@@ -41,6 +41,12 @@ def token_hash(pairs: Sequence[TokenizedPair]) -> str:
     return digest.hexdigest()
 
 
+def row_hash(pairs: Sequence[TokenizedPair]) -> str:
+    """SHA-256 over what a part says of its pairs beside the tokens: row numbers, truncation, groups."""
+    rows = [[pair.row, pair.truncated, pair.group] for pair in pairs]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 class ScoreStore:
     """The parts of one run, in `RUN/scores`."""
 
@@ -63,10 +69,10 @@ class ScoreStore:
         if not path.is_file():
             return False
         try:
-            stored = json.loads(pq.read_schema(path).metadata[METADATA_KEY])
+            stored = dict(json.loads(pq.read_schema(path).metadata[METADATA_KEY]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path}: cannot be read; remove it, and it is computed again") from error
-        for role in fingerprints.keys() | stored.keys():
+        for role in sorted(fingerprints.keys() | stored.keys()):
             wanted, found = fingerprints.get(role, {}), stored.get(role, {})
             differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
             if differing:
@@ -75,6 +81,16 @@ class ScoreStore:
                     f"{', '.join(differing)}; name another folder, or say --overwrite"
                 )
         return True
+
+    def clear(self) -> None:
+        """Remove all parts, and what a killed run left of one; nothing else in the folder is touched.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with storage_errors(self.folder):
+            for path in [*self.folder.glob("part-*.parquet"), *self.folder.glob(".part-*.parquet.*")]:
+                path.unlink()
 
     def write(
         self,
@@ -119,7 +135,7 @@ class ScoreStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("wb") as file:
-                    pq.write_table(table, file, compression="zstd")
+                    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(target)
@@ -138,12 +154,15 @@ class ScoreStore:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = [self.path(part) for part in range(parts)]
-        try:
-            table = pa.concat_tables([pq.read_table(path).replace_schema_metadata(None) for path in paths])
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise StorageError(f"{self.folder}: a part cannot be read ({reason}); evaluate again") from error
+        tables = []
+        for path in map(self.path, range(parts)):
+            try:
+                table = pq.read_table(path, page_checksum_verification=True)
+            except (OSError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise StorageError(f"{path}: cannot be read ({reason}); remove it, and evaluate again") from error
+            tables.append(table.replace_schema_metadata(None))
+        table = pa.concat_tables(tables)
         scores = {
             f"{role}_{branch}": _completion_scores(table, f"{role}_{branch}")
             for role in ROLES

@@ -3,8 +3,10 @@
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from dpo_fast.publish.card import one_line
 
 # What is shown, in this order, and how it is called beside TRL's key.
 ROWS = (
@@ -32,8 +34,10 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
     provenance = metrics["provenance"]
     settings = provenance["settings"]
     loss = " + ".join(settings["loss_type"])
-    title = f"{provenance['dataset']['name']}, {metrics['counts']['pairs']:,} pairs, {loss}, beta {settings['beta']:g}"
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    name = one_line(provenance["dataset"]["name"], 60)
+    # Names come from the user's data: as `Text`, their markup is not obeyed.
+    title = Text(f"{name}, {metrics['counts']['pairs']:,} pairs, {loss}, beta {settings['beta']:g}")
+    table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("metric")
     table.add_column("key", style="dim")
     table.add_column("value", justify="right")
@@ -54,20 +58,20 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
         f"{timing['total_seconds']:.1f} s: scoring {timing['score_seconds']:.1f} "
         f"({counts['pairs'] / max(timing['score_seconds'], 1e-9):.1f} pairs/s), tokenising "
         f"{timing['tokenize_seconds']:.1f}, waiting for the engines {timing['load_seconds']:.1f}; "
-        f"{escape(provenance['engine'])}, {provenance['precision']}",
+        f"{provenance['engine']}, {provenance['precision']}",
         highlight=False,
     )
 
 
 def _groups(groups: dict[str, dict[str, Any]]) -> Table:
-    """One line a group; names come from the data, so their markup is not obeyed."""
+    """One line a group."""
     table = Table(title="by group", title_justify="left", header_style="bold")
     for column in ("group", "pairs", "reward accuracy", "95 % interval", "reward margin"):
         table.add_column(column, justify="left" if column == "group" else "right")
     for name, group in groups.items():
         low, high = group["intervals"]["eval_rewards/accuracies"]
         table.add_row(
-            escape("".join(character if character.isprintable() else "�" for character in name))[:60],
+            Text(one_line(name, 60)),
             f"{group['pairs']:,}",
             f"{group['eval_rewards/accuracies']:.4f}",
             f"{low:.4f} … {high:.4f}",

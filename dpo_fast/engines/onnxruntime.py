@@ -1,9 +1,10 @@
 """ONNX Runtime on the CPU: the embedded default."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from dpo_fast.batches import Batch
-from dpo_fast.errors import BundleError, MissingDependencyError
+from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError
 from dpo_fast.types import TokenScores
 
 
@@ -21,7 +22,7 @@ class OnnxRuntimeEngine:
 
         Raises:
             MissingDependencyError: onnxruntime is not installed.
-            BundleError: the graph or its weights cannot be loaded.
+            BundleError: the graph or its weights cannot be loaded, or its outputs are not those of the graph contract.
         """
         try:
             import onnxruntime
@@ -37,9 +38,26 @@ class OnnxRuntimeEngine:
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{graph}: ONNX Runtime cannot load it ({reason}); export the bundle again") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
+        contract = [field.name for field in fields(TokenScores)]
+        if sorted(self._outputs) != sorted(contract):
+            raise BundleError(
+                f"{graph}: puts out {', '.join(self._outputs)}, not {', '.join(contract)}; export the bundle again"
+            )
         self.name = f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
 
     def score(self, batch: Batch) -> TokenScores:
-        """Score a batch's N targets."""
-        values = self._session.run(self._outputs, batch.inputs)
+        """Score a batch's N targets.
+
+        Raises:
+            EngineOutputError: ONNX Runtime failed, most likely for want of memory.
+        """
+        try:
+            values = self._session.run(self._outputs, batch.inputs)
+        except Exception as error:  # as above
+            rows, width = batch.input_ids.shape
+            reason = " ".join(str(error).split())[:300]
+            raise EngineOutputError(
+                f"ONNX Runtime failed at a batch of {rows} x {width} tokens ({reason}); "
+                "if memory is short, lower --token-budget or --max-length"
+            ) from error
         return TokenScores(**dict(zip(self._outputs, values, strict=True)))

@@ -1,6 +1,7 @@
 """A checkpoint as it lies on disk: its files, the tensors in its safetensors, and whether they can be trusted."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -87,12 +88,13 @@ def open_checkpoint(name: str, revision: str | None = None, *, trust_remote_code
     else:
         folder, revision = _download(name, revision, trust_remote_code)
         source = name
+    # Beside a config.json too: Transformers would load the adapter's base model instead of the weights that lie here.
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{name}: is a PEFT adapter; merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{name}: is a PEFT adapter; merge it first: "
-                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-            )
         raise CheckpointError(f"{name}: holds no config.json, so it is no Transformers folder")
     return Checkpoint(folder, source, revision, read_tensors(folder))
 
@@ -100,21 +102,23 @@ def open_checkpoint(name: str, revision: str | None = None, *, trust_remote_code
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a folder's safetensors by name, with every header checked against its file's size."""
     index = folder / INDEX_FILE
-    if index.is_file():
+    if (folder / SINGLE_FILE).is_file():  # before an index, which an earlier save may have left: as Transformers does
+        weight_map, files = None, [SINGLE_FILE]
+    elif index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index}: is not an index of safetensors shards; save the checkpoint again"
             ) from error
         for file in files:
             if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{index}: names the shard {file!r}, which is no plain file name")
+                raise CheckpointError(
+                    f"{index}: names the shard {file!r}, which is no plain file name; do not trust this checkpoint"
+                )
             if not (folder / file).is_file():
-                raise CheckpointError(f"{folder}: the shard {file} is missing; {INDEX_FILE} names it")
-    elif (folder / SINGLE_FILE).is_file():
-        weight_map, files = None, [SINGLE_FILE]
+                raise CheckpointError(f"{folder}: the shard {file!r} is missing, and {INDEX_FILE} names it; copy it")
     else:
         pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
             path.name for path in folder.glob("*.pt*")
@@ -125,7 +129,9 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
                 'convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
                 f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + "-safetensors"!r})"'
             )
-        raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise CheckpointError(
+            f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; save the weights as safetensors with save_pretrained"
+        )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in _read_header(folder / file).items():
@@ -148,29 +154,49 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{path}: is truncated or no safetensors file: {size} bytes, too few for its header; copy it again"
             )
+        first = 8 + header_size
         try:
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
-            first = 8 + header_size
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                shape = tuple(int(length) for length in entry["shape"])
-                tensors[name] = StoredTensor(path.name, first + begin, end - begin, entry["dtype"], shape)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            tensors = {name: _stored_tensor(path.name, first, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: its safetensors header is damaged; copy the file again") from error
-    for name, tensor in tensors.items():
-        if tensor.offset < first or tensor.length < 0 or tensor.offset + tensor.length > size:
+    # The format's rule: the tensors fill the file from the header to the end, with no gap and no overlap.
+    position = first
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if tensor.offset + tensor.length > size:
             raise CheckpointError(
                 f"{path}: is truncated: the tensor {name!r} ends at byte {tensor.offset + tensor.length}, "
                 f"the file at {size}; copy it again"
             )
-        width = FLOAT_SIZES.get(tensor.dtype)
-        if width is not None and tensor.length != width * int(np.prod(tensor.shape, dtype=np.int64)):
+        if tensor.offset != position:
             raise CheckpointError(
-                f"{path}: the tensor {name!r} of shape {list(tensor.shape)} has {tensor.length} bytes"
+                f"{path}: the tensor {name!r} begins at byte {tensor.offset}, and the one before it ends at "
+                f"{position}; the file is damaged: copy it again"
             )
+        position += tensor.length
+        width = FLOAT_SIZES.get(tensor.dtype)
+        if width is not None and tensor.length != width * math.prod(tensor.shape):
+            raise CheckpointError(
+                f"{path}: the tensor {name!r} of shape {list(tensor.shape)} and dtype {tensor.dtype} has "
+                f"{tensor.length} bytes; the file is damaged: copy it again"
+            )
+    if position != size:
+        raise CheckpointError(
+            f"{path}: has {size - position} bytes behind its last tensor; the file is damaged: copy it again"
+        )
     return tensors
+
+
+def _stored_tensor(file: str, first: int, entry: dict[str, Any]) -> StoredTensor:
+    """One entry of a header whose data begins at byte `first`; ValueError if it is not what the format says."""
+    begin, end = entry["data_offsets"]
+    shape, dtype = entry["shape"], entry["dtype"]
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise ValueError(entry)
+    if end < begin:
+        raise ValueError(entry)
+    return StoredTensor(file, first + begin, end - begin, dtype, tuple(shape))
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -187,9 +213,7 @@ def check_finite(checkpoint: Checkpoint) -> None:
         if tensor.dtype not in exponents or tensor.length == 0:
             continue
         bits, exponent = exponents[tensor.dtype]
-        stored: np.memmap[Any, Any] = np.memmap(
-            checkpoint.folder / tensor.file, np.uint8, "r", tensor.offset, (tensor.length,)
-        )
+        stored = _stored_bytes(checkpoint, tensor)
         values = stored.view(bits) if tensor.offset % np.dtype(bits).itemsize == 0 else np.array(stored).view(bits)
         for start in range(0, values.size, FINITE_CHUNK):
             bad = (values[start : start + FINITE_CHUNK] & exponent) == exponent
@@ -199,6 +223,19 @@ def check_finite(checkpoint: Checkpoint) -> None:
                     f"{checkpoint.folder / tensor.file}: the tensor {name!r} is NaN or infinite at "
                     f"{[int(i) for i in position]}; export a checkpoint whose training did not diverge"
                 )
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors are equal, bit for bit."""
+    first, second = (checkpoint.tensors[name] for name in (one, other))
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return first.length == 0 or _stored_bytes(checkpoint, first).data == _stored_bytes(checkpoint, second).data
+
+
+def _stored_bytes(checkpoint: Checkpoint, tensor: StoredTensor) -> "np.memmap[Any, np.dtype[np.uint8]]":
+    """A tensor's bytes as they lie in the file, read as they are looked at; not for empty tensors."""
+    return np.memmap(checkpoint.folder / tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
 
 
 def folder_files(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator[Path]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dpo_fast.errors import CheckpointError
-from dpo_fast.export.checkpoint import FLOAT_SIZES, Checkpoint
+from dpo_fast.export.checkpoint import FLOAT_SIZES, Checkpoint, same_bytes
 
 ONNX_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
@@ -42,11 +43,19 @@ def match_names(config: PretrainedConfig, checkpoint: Checkpoint, *, trust_remot
     for names in names_of.values():
         candidates = [c for name in names for c in (name, name.removeprefix(prefix)) if c in checkpoint.tensors]
         if not candidates:
+            converted = get_checkpoint_conversion_mapping(config.model_type) is not None
             raise CheckpointError(
-                f"{checkpoint.folder}: the tensor {names[0]!r} is missing; {type(model).__name__} needs it "
-                f"(the checkpoint holds {len(checkpoint.tensors)} tensors)"
+                f"{checkpoint.folder}: the tensor {names[0]!r} is missing; {type(model).__name__} needs it"
+                + (", and Transformers makes it from others as it loads, which a graph cannot point at" * converted)
+                + f" (the checkpoint holds {len(checkpoint.tensors)} tensors)"
             )
         _check_tensor(checkpoint, candidates[0], shapes[names[0]])
+        for other in candidates[1:]:
+            if not same_bytes(checkpoint, candidates[0], other):  # Transformers would load them untied
+                raise CheckpointError(
+                    f"{checkpoint.folder}: config.json ties the tensors {candidates[0]!r} and {other!r}, and their stored "
+                    "values differ; if they were trained apart, set tie_word_embeddings to false"
+                )
         used.update(candidates)
         stored_names |= dict.fromkeys(names, candidates[0])
     # Older checkpoints store buffers that the model computes; the model's class names them by pattern.

@@ -1,0 +1,28 @@
+"""What every test may use: a tiny policy and its reference, and the bundle exported from them, once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a tiny Llama policy and its reference. Read only: copy them before changing anything."""
+    from tiny_models import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle exported from `tiny_pair`. Read only: copy it before changing anything."""
+    from tiny_models import write_recipe
+
+    from dpo_fast.export.exporter import ExportOptions, export
+
+    folder = tmp_path_factory.mktemp("tiny_bundle")
+    policy, reference = tiny_pair
+    return export(str(policy), str(reference), folder / "bundle", ExportOptions(recipe=str(write_recipe(folder))))
