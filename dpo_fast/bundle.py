@@ -157,7 +157,8 @@ def open_bundle(folder: Path) -> Bundle:
         manifest = Manifest(models=models, **value)
         names = [*manifest.files, *(entry.graph for entry in models.values())]
         layouts = {entry.layout for entry in models.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_kinds(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: is damaged ({type(error).__name__}: {error}); export the bundle again") from error
     for name in names:
         parts = PurePosixPath(name).parts
@@ -166,8 +167,31 @@ def open_bundle(folder: Path) -> Bundle:
         if name not in manifest.files:
             raise BundleError(f"{path}: has no hash of {name!r}; export the bundle again")
     if POLICY not in models or not set(models) <= set(ROLES) or not layouts <= set(LAYOUTS):
-        raise BundleError(f"{path}: is damaged (models {sorted(models)}, layouts {sorted(layouts)})")
+        raise BundleError(
+            f"{path}: is damaged (models {sorted(models)}, layouts {sorted(layouts)}); export the bundle again"
+        )
     return Bundle(folder, manifest)
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Refuse values that others compute with and that are of another kind; JSON may hold anything.
+
+    Raises:
+        TypeError: a value is.
+        KeyError: a value is missing.
+    """
+    files, recipe, models = manifest.files.values(), manifest.recipe, manifest.models.values()
+    numbers = [manifest.max_length, recipe["token_budget"], *(model.vocabulary for model in models)]
+    numbers += [model.max_positions for model in models if model.max_positions is not None]
+    numbers += [file["bytes"] for file in files]
+    texts = [recipe["name"], recipe["engine"], *(file["sha256"] for file in files)]
+    texts += [text for model in models for text in (model.source, model.graph, model.layout)]
+    for value in numbers:
+        if type(value) is not int:
+            raise TypeError(f"{value!r} instead of a whole number")
+    for value in texts:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r} instead of a text")
 
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ to standard error. Heavy packages are imported by the command that needs them, s
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ import typer
 
 from dpo_fast import __version__
 from dpo_fast.errors import DpoFastError, UsageError
+from dpo_fast.publish.card import one_line
 from dpo_fast.recipes import DEFAULT
 from dpo_fast.types import LOSS_TYPES, Aggregate, FDivergence, LossSettings, OnError, ReferenceFree
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+LONGEST_LINE = 2000  # characters on standard error, whatever an error quotes
 
 app = typer.Typer(
     name="dpo-fast",
     help="Evaluate DPO-trained language models on inference engines, with TRL's numbers.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -103,7 +103,7 @@ def export_command(
         raise UsageError("--reference-revision goes with a reference, and --reference is none")
     export(policy, None if reference == "none" else reference, output, options, _say)
     if as_json:
-        typer.echo((output / MANIFEST).read_text(encoding="utf-8"), nl=False)
+        _print_json(json.loads((output / MANIFEST).read_text(encoding="utf-8")))
     else:
         typer.echo(f"bundle: {output}")
 
@@ -226,48 +226,54 @@ def demo_command(
     as_json: AsJson = False,
 ) -> None:
     """Make data, train a tiny model with TRL's DPO, export it, evaluate it, and compare with the trainer."""
+    from rich.console import Console
+
     from dpo_fast.demo import run_demo
 
-    result = run_demo(output, seed=seed, overwrite=overwrite)
+    result = run_demo(output, seed=seed, overwrite=overwrite, console=Console(stderr=as_json))
     if as_json:
         _print_json(result)
 
 
 def main() -> None:
-    """Run the command line, and turn errors into one line and an exit code."""
-    sys.exit(run(app))
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))
 
 
-def run(command: Callable[[], Any]) -> int:
-    """Call a command; 0, or the exit code of what went wrong."""
+def run(arguments: list[str]) -> int:
+    """Run a command line, and turn errors into one line and an exit code.
+
+    Args:
+        arguments: what follows the program's name; the help is shown where nothing does.
+
+    Returns:
+        The exit code; see the module's docstring.
+    """
     try:
-        command()
+        code = app(arguments or ["--help"], prog_name="dpo-fast", standalone_mode=False)
     except DpoFastError as error:
-        _say_error(error)
+        _say(f"dpo-fast: {error}")
+        return error.exit_code
+    except typer.TyperException as error:  # an option that does not exist, or a value that is not of its type
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "dpo-fast"
+        _say(f"dpo-fast: {error.format_message().rstrip('.')}; see `{command} --help`")
         return error.exit_code
     except KeyboardInterrupt:
-        print("dpo-fast: interrupted; run the same command again to go on", file=sys.stderr)  # noqa: T201
-        return INTERRUPTED
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 0
-    return 0
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # which Typer makes of a KeyboardInterrupt
+        _say("dpo-fast: interrupted; an evaluation goes on from its last part when started again without --overwrite")
+    return code or 0
 
 
-def _say(step: str) -> None:
-    """A line of progress on standard error."""
-    typer.echo(step, err=True)
-
-
-def _say_error(error: DpoFastError) -> None:
-    """An error in one line on standard error, without control characters that data might have smuggled in."""
-    line = " ".join(str(error).split())
-    line = "".join(character if character.isprintable() else "�" for character in line)
-    typer.echo(f"dpo-fast: {line}", err=True)
+def _say(line: str) -> None:
+    """A line on standard error, without line breaks and control characters that data might have smuggled in."""
+    typer.echo(one_line(line, LONGEST_LINE), err=True)
 
 
 def _print_json(value: Any) -> None:
-    """JSON on standard output; NaN is a bug, not a value."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """JSON on standard output, in ASCII, so that no terminal obeys what data say; NaN is a bug, not a value."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def _console() -> "Console":

@@ -118,7 +118,11 @@ def evaluate(
         loading = {role: threads.submit(engine, opened, role) for role in roles}
         started = time.perf_counter()
         preferences = load_preferences(dataset, split=options.split, limit=options.limit, group_by=options.group_by)
-        tokens = _tokenize(preferences, opened, max_length, options)
+        try:
+            tokens = _tokenize(preferences, opened, max_length, options)
+        except InputError:
+            verified.result()  # if the bundle was altered, that explains a tokenizer that fails
+            raise
         tokenize_seconds = time.perf_counter() - started
         started = time.perf_counter()
         verified.result()
@@ -169,7 +173,10 @@ def _check_options(options: EvaluateOptions) -> None:
 
 def _check_output(output: Path, options: EvaluateOptions) -> None:
     """Take a new or an empty folder, an unfinished run, and with `overwrite` a finished one; refuse all else."""
-    if not os.path.lexists(output):
+    try:
+        with storage_errors(output):
+            output.lstat()
+    except FileNotFoundError:
         return
     is_empty = output.is_dir() and not any(output.iterdir())
     has_metrics = (output / METRICS).exists()
@@ -216,7 +223,7 @@ def _tokenize(preferences: PreferenceSet, bundle: Bundle, max_length: int, optio
         raise DatasetError(
             f"{preferences.name}: none of {len(preferences)} rows can be used; row {first.row}: {first.reason}"
         )
-    vocabulary = min(entry.vocabulary for entry in bundle.manifest.models.values())
+    vocabulary = bundle.manifest.models[POLICY].vocabulary
     for pair in tokens.pairs:
         largest = max(max(ids, default=0) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
         if largest >= vocabulary:
@@ -297,7 +304,8 @@ def _provenance(
     bundle: Bundle, engines: dict[str, Engine], preferences: PreferenceSet, options: EvaluateOptions
 ) -> dict[str, Any]:
     """What the numbers were made from; local paths are cut to their last part, since runs are published."""
-    local = Path(preferences.name)
+    # "." has no last part, and resolve() would give the name of what a link leads to.
+    local = Path(os.path.abspath(preferences.name))  # noqa: PTH100
     return {
         "versions": versions(),
         "hardware": hardware(),

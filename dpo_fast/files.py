@@ -38,15 +38,28 @@ def new_folder(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         with storage_errors(target):
             working.chmod(0o777 & ~_umask())  # mkdtemp's are private
             yield working
+            refuse_existing(target, overwrite=overwrite, marker=marker)  # made by somebody else in the meantime
             if os.path.lexists(target):
-                retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-                target.rename(retired / target.name)
-                working.rename(target)
-                shutil.rmtree(retired)
+                _replace_folder(target, working)
             else:
                 working.rename(target)
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def _replace_folder(target: Path, working: Path) -> None:
+    """Put one folder in another's place; the old one comes back if that fails."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = retired / target.name
+    try:
+        target.rename(old)
+        working.rename(target)
+    except BaseException:
+        if os.path.lexists(old):
+            old.rename(target)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired)
 
 
 def refuse_existing(target: Path, *, overwrite: bool, marker: str) -> None:
@@ -104,12 +117,17 @@ def storage_errors(target: Path) -> Iterator[None]:
             errno.EPERM: "name a folder that you may write to",
             errno.EROFS: "name a folder on a disk that is not read-only",
             errno.ENOTDIR: "a part of the path is a file; name another folder",
+            errno.EEXIST: "a part of the path is a file; name another folder",  # what mkdir says of it
+            errno.ELOOP: "a part of the path is a link to itself; name another folder",
             errno.ENAMETOOLONG: "choose a shorter name",
         }
         way_out = ways_out.get(error.errno or 0)
         if way_out is None:
             raise
-        raise StorageError(f"{error.filename or target}: {os.strerror(error.errno or 0)}; {way_out}") from error
+        # Of two names, as for a copy, the second is the one written to.
+        raise StorageError(
+            f"{error.filename2 or error.filename or target}: {os.strerror(error.errno or 0)}; {way_out}"
+        ) from error
 
 
 def _umask() -> int:

@@ -51,7 +51,7 @@ def load_recipe(name: str) -> Recipe:
         raise UsageError(f"--recipe {name!r} is neither a file nor one of {', '.join(shipped)}")
     try:
         keys = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is no TOML: {error}") from error
     known = {field.name: field.type for field in fields(Recipe) if field.name != "name"}
     for key in keys:

@@ -242,8 +242,8 @@ def test_the_demo_runs_and_its_check_can_fail(tmp_path: Path, capfd: pytest.Capt
     from dpo_fast.types import LossSettings
 
     sizes = DemoSettings(
-        train_pairs=300, held_out_pairs=60, hidden_size=64, layers=2, reference_epochs=3, policy_epochs=6,
-        policy_learning_rate=1e-3,
+        train_pairs=300, held_out_pairs=60, hidden_size=64, layers=2, reference_epochs=2, policy_epochs=8,
+        policy_learning_rate=1e-3, train_batch_size=8, beta=0.3,
     )  # fmt: skip
     output = tmp_path / "demo"
     table = io.StringIO()

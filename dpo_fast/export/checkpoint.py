@@ -130,7 +130,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder) + "-safetensors"!r})"'
             )
         raise CheckpointError(
-            f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; save the weights as safetensors with save_pretrained"
+            f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; save the model there with save_pretrained"
         )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -275,7 +275,7 @@ def _download(name: str, revision: str | None, trust_remote_code: bool) -> tuple
     from huggingface_hub.errors import HFValidationError
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
-        raise CheckpointError(f"{name}: no such folder, and no Hub id such as user/model either")
+        raise CheckpointError(f"{name!r}: no such folder, and no Hub id such as user/model either")
     patterns = [*FOLDER_PATTERNS, "*.safetensors", *(CODE_PATTERNS if trust_remote_code else ())]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

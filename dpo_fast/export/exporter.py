@@ -156,7 +156,7 @@ def _open(name: str, revision: str | None, options: ExportOptions) -> _Model:
         config = AutoConfig.from_pretrained(
             found.folder, local_files_only=True, trust_remote_code=options.trust_remote_code
         )
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # each architecture's configuration class refuses values in its own way
         needs_code = "trust_remote_code" in str(error)
         hint = "it brings its own Python code: read that, then say --trust-remote-code" if needs_code else error
         raise CheckpointError(f"{name}: config.json cannot be used: {' '.join(str(hint).split())[:300]}") from error
@@ -236,11 +236,11 @@ def _positions(config: PretrainedConfig) -> int | None:
 def _entry(role: str, model: _Model, checked: SelfCheck | None, options: ExportOptions) -> ModelEntry:
     """A role's part of the manifest."""
     tensors = model.checkpoint.tensors
-    architectures = model.config.architectures or [type(model.config).__name__]
+    architectures = model.config.architectures
     return ModelEntry(
         source=model.checkpoint.source,
         revision=model.checkpoint.revision,
-        architecture=architectures[0],
+        architecture=architectures[0] if isinstance(architectures, list) else type(model.config).__name__,
         model_type=model.config.model_type,
         stored_dtypes=sorted({tensor.dtype for tensor in tensors.values()}),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),

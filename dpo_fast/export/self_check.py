@@ -10,7 +10,7 @@ import numpy as np
 from dpo_fast.batches import LAYOUTS, Layout, make_batches
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
-from dpo_fast.errors import SelfCheckError
+from dpo_fast.errors import CheckpointError, EngineOutputError, SelfCheckError
 from dpo_fast.quiet import quiet
 from dpo_fast.scores import check_scores
 from dpo_fast.types import TokenizedPair
@@ -46,8 +46,9 @@ class SelfCheck:
 
     @property
     def passed(self) -> bool:
-        """NaN is a failure, never a pass."""
-        return self.top1_disagreements == 0 and all(error <= self.tolerance for error in self.errors.values())
+        """NaN is a failure, never a pass, and so is a comparison of nothing."""
+        exact = all(error <= self.tolerance for error in self.errors.values())
+        return exact and self.top1_disagreements == 0 and self.tokens > 0
 
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {error:.2g}" for name, error in self.errors.items())
@@ -80,12 +81,17 @@ def self_check(graph: Path, folder: Path, *, layout: Layout | None, trust_remote
 
     Raises:
         SelfCheckError: no layout agrees with PyTorch; the message has the figures.
+        CheckpointError: Transformers cannot load the folder.
     """
     pairs, expected = _plain_scores(folder, trust_remote_code)
     engine = OnnxRuntimeEngine(graph)
     failures = []
     for candidate in (layout,) if layout else LAYOUTS:
-        result = compare(engine, pairs, expected, candidate)  # type: ignore[arg-type]
+        try:
+            result = compare(engine, pairs, expected, candidate)  # type: ignore[arg-type]
+        except EngineOutputError as error:
+            failures.append(f"{candidate} layout: {error}")
+            continue
         if result.passed:
             return result
         failures.append(str(result))
@@ -122,14 +128,18 @@ def _plain_scores(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        ).eval()
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            ).eval()
+    except Exception as error:  # the folder's own files, read by as many loaders
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{folder.name}: Transformers cannot load this checkpoint ({reason})") from error
     config = model.config.get_text_config()
     pairs = _probes(model.get_output_embeddings().weight.shape[0], config)
     expected = {}

@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dpo_fast.errors import CheckpointError
 from dpo_fast.export.checkpoint import FLOAT_SIZES, Checkpoint, same_bytes
+from dpo_fast.quiet import quiet
 
 ONNX_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
@@ -28,10 +29,18 @@ def match_names(config: PretrainedConfig, checkpoint: Checkpoint, *, trust_remot
         The stored name by parameter name, for every name of a tied parameter.
 
     Raises:
-        CheckpointError: a tensor is missing, is not the model's, or has another shape or an unsupported dtype.
+        CheckpointError: the configuration is not one of a causal LM, or a tensor is missing, is not the model's, or has
+            another shape or an unsupported dtype.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever an architecture's own code does with values that make no sense
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(
+            f"{checkpoint.folder}: no causal LM can be built from config.json, "
+            f"whose model type is {config.model_type!r} ({reason})"
+        ) from error
     prefix = f"{model.base_model_prefix}."
     names_of: dict[int, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -53,8 +62,8 @@ def match_names(config: PretrainedConfig, checkpoint: Checkpoint, *, trust_remot
         for other in candidates[1:]:
             if not same_bytes(checkpoint, candidates[0], other):  # Transformers would load them untied
                 raise CheckpointError(
-                    f"{checkpoint.folder}: config.json ties the tensors {candidates[0]!r} and {other!r}, and their stored "
-                    "values differ; if they were trained apart, set tie_word_embeddings to false"
+                    f"{checkpoint.folder}: config.json ties the tensors {candidates[0]!r} and {other!r}, and their "
+                    "stored values differ; if they were trained apart, set tie_word_embeddings to false"
                 )
         used.update(candidates)
         stored_names |= dict.fromkeys(names, candidates[0])

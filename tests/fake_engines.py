@@ -1,0 +1,109 @@
+"""Engines without a model, and a bundle without weights, for what needs neither.
+
+A fake engine's word on a token is a hash of all that a language model's word may depend on: the target, and the tokens
+before it with their positions, of the prompt and of its own completion. Any other influence (padding, another row, the
+other completion, a wrong position) changes the hash.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from toy_tokenizers import byte_bpe
+
+from dpo_fast.batches import Batch, Layout
+from dpo_fast.bundle import FORMAT, POLICY, REFERENCE, Bundle, Manifest, ModelEntry, hash_files, write_manifest
+from dpo_fast.recipes import Recipe
+from dpo_fast.types import TokenizedPair, TokenScores
+
+OUTPUTS = ("log_prob", "entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
+RECIPE = Recipe("fake", "no model", engine="onnxruntime", precision="fp32", vocabulary_tile=128, token_budget=64)
+
+
+def opinion(context: Sequence[tuple[int, int]], target: int, salt: str = "") -> tuple[float, ...]:
+    """The five outputs for a target after a context of (position, token); exact in float32."""
+    digest = zlib.crc32(repr((salt, sorted(context), target)).encode())
+    parts = [digest >> shift & 0x3F for shift in (0, 6, 12, 18, 24)]
+    return -parts[0] / 8, parts[1] / 8, parts[2] / 8 - 4, parts[3] % 2, -parts[4] / 8
+
+
+def expected(prompt: list[int], completion: list[int], salt: str = "") -> list[tuple[float, ...]]:
+    """What the fake engine says of each scored token of one completion, from its sequence alone."""
+    sequence = [*prompt, *completion]
+    first = max(len(prompt), 1)
+    return [opinion(list(enumerate(sequence[:index])), sequence[index], salt) for index in range(first, len(sequence))]
+
+
+class FakeEngine:
+    """Follows the graph contract, in plain Python; counts what it is asked."""
+
+    precision = "fp32"
+
+    def __init__(self, salt: str = "", name: str = "fake 1.0") -> None:
+        self.salt = salt
+        self.name = name
+        self.batches: list[Batch] = []
+
+    def score(self, batch: Batch) -> TokenScores:
+        self.batches.append(batch)
+        width = batch.input_ids.shape[1]
+        values = []
+        for index, target in zip(batch.target_index.tolist(), batch.target_ids.tolist(), strict=True):
+            row, column = divmod(index, width)
+            segments = batch.segment_ids[row]
+            seen = [j for j in range(column + 1) if segments[j] in (0, segments[column])]
+            context = [(int(batch.position_ids[row, j]), int(batch.input_ids[row, j])) for j in seen]
+            values.append(opinion(context, target, self.salt))
+        table = np.array(values, np.float32).reshape(len(values), len(OUTPUTS))
+        return TokenScores(*table.T)
+
+
+class FakeEngines:
+    """Opens a fake engine for each role, and keeps them."""
+
+    def __init__(self, name: str = "fake 1.0") -> None:
+        self.name = name
+        self.engines: dict[str, FakeEngine] = {}
+
+    def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
+        self.engines[role] = FakeEngine(salt=role, name=self.name)
+        return self.engines[role]
+
+    @property
+    def calls(self) -> int:
+        return sum(len(engine.batches) for engine in self.engines.values())
+
+
+def make_fake_bundle(
+    folder: Path,
+    *,
+    reference: bool = True,
+    layout: Layout = "shared",
+    weights: bytes = b"weights",
+) -> Path:
+    """A bundle with a tokenizer, but with neither a graph nor weights that could be loaded."""
+    models = {}
+    for role in (POLICY, REFERENCE) if reference else (POLICY,):
+        (folder / role).mkdir(parents=True)
+        (folder / f"{role}.onnx").write_bytes(b"no graph")
+        (folder / role / "model.safetensors").write_bytes(weights + role.encode())
+        (folder / role / "config.json").write_text('{"model_type": "llama"}')
+        models[role] = ModelEntry(
+            source=role, revision=None, architecture="LlamaForCausalLM", model_type="llama", stored_dtypes=["F32"],
+            parameters=1, vocabulary=500, max_positions=256, graph=f"{role}.onnx", layout=layout, self_check=None,
+        )  # fmt: skip
+    byte_bpe().save_pretrained(folder / POLICY)
+    manifest = Manifest(
+        format=FORMAT, versions={}, recipe=asdict(RECIPE), max_length=64, inputs={}, outputs=list(OUTPUTS),
+        models=models, files=hash_files(folder),
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+    return folder
+
+
+def make_pair(
+    prompt: list[int], chosen: list[int], rejected: list[int], row: int = 1, group: str | None = None
+) -> TokenizedPair:
+    return TokenizedPair(row=row, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, group=group)
