@@ -419,7 +419,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         f"dpo-fast evaluate: {seconds['evaluate']:.2f} s with loading, tokenising, metrics and files, "
         f"of which {seconds['evaluate_scoring']:.2f} s scoring with both models",
         f"dpo-fast export: {seconds['export']:.1f} s, once",
-        "(Models this small say little about speed; the benchmarks measure that.)",
+        "(Each timed once, on models too small to say much about speed; the benchmarks measure that.)",
         f"Bundle: {paths['bundle']}",
         f"Run:    {paths['run']}",
         f"Card:   {Path(paths['bundle']) / 'policy' / 'README.md'}",

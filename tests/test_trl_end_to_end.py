@@ -1,4 +1,4 @@
-"""The whole way against TRL's own: `trl.DPOTrainer.evaluate()` on a file, and `evaluate` on a bundle of the same models.
+"""The whole way against TRL's: `trl.DPOTrainer.evaluate()` on a file, and `evaluate` on a bundle of the same models.
 
 Nothing is shared between the two sides but the checkpoints and the file: TRL tokenises, pads, runs PyTorch and averages
 its way; ours goes through the exported graphs on ONNX Runtime.
@@ -25,7 +25,10 @@ from dpo_fast.types import LossSettings
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 
-pytestmark = pytest.mark.slow  # exports a model and builds trainers
+pytestmark = [
+    pytest.mark.slow,  # exports a model and builds trainers
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # TRL's own use of Transformers
+]
 
 BATCH = 8
 MAX_LENGTH = 64  # cuts the longest completions off
@@ -120,7 +123,6 @@ def make_trainer(pair: tuple[Path, Path], file: Path, output: Path, **arguments:
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
     tokenizer.chat_template = CHAT_TEMPLATES["plain"]
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in pair)
-    # Several caches of one name for two files would be the trainer's to mix up, so each has a folder of its own.
     data = load_dataset("json", data_files=str(file), split="train", cache_dir=str(output / "cache"))
     return trl.DPOTrainer(
         model=policy,
