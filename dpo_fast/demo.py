@@ -8,7 +8,6 @@ learned to prefer the chosen completions of prompts that it has never seen.
 import importlib.util
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from rich.table import Table
 from dpo_fast.demo_data import Row, make_pairs, write_jsonl
 from dpo_fast.errors import CheckFailedError, MissingDependencyError
 from dpo_fast.files import new_folder, write_json
+from dpo_fast.quiet import quiet
 from dpo_fast.types import LossSettings
 
 COMPARED_METRICS = (
@@ -137,7 +137,7 @@ def run_demo(
         seconds[name] = time.perf_counter() - start
 
     train_rows, held_out_rows = make_pairs(settings.train_pairs, settings.held_out_pairs, seed)
-    with new_folder(output, overwrite=overwrite, marker=MARKER) as folder, quiet_libraries():
+    with new_folder(output, overwrite=overwrite, marker=MARKER) as folder, quiet():
         (folder / "data").mkdir()
         write_jsonl(train_rows, folder / "data" / "train.jsonl")
         write_jsonl(held_out_rows, folder / MARKER)
@@ -443,24 +443,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the progress bars and warnings of Transformers and Datasets off the screen; errors still show."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    transformers_bars = transformers_logging.is_progress_bar_enabled()
-    datasets_bars = not datasets.are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if transformers_bars:
-            transformers_logging.enable_progress_bar()
-        if datasets_bars:
-            datasets.enable_progress_bars()

@@ -22,11 +22,11 @@ from dpo_fast.demo import (
     compare_metrics,
     failed_checks,
     print_results,
-    quiet_libraries,
     run_demo,
 )
 from dpo_fast.demo_data import WORDS, Row, make_pairs, write_jsonl
 from dpo_fast.errors import CheckFailedError, MissingDependencyError, OutputExistsError, UsageError
+from dpo_fast.quiet import quiet
 
 TITLES = ("Dr.", "Prof.", "Mr.", "Ms.")
 COUNTS = (DemoSettings().train_pairs, DemoSettings().held_out_pairs)
@@ -210,7 +210,7 @@ def test_libraries_are_quiet_only_inside() -> None:
         return transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
 
     before = bars()
-    with quiet_libraries():
+    with quiet():
         assert bars() == (False, False)
     assert bars() == before
 

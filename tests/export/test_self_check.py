@@ -113,6 +113,7 @@ def test_another_logit_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     refusal(bind_folder(folder, graph_module.trace(make_config(), vocabulary_tile=TILE)), folder)
 
 
+@pytest.mark.slow
 def test_completions_that_see_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rejected completion reads the chosen one: wrong with the prompt shared, right with a row each.
 
@@ -160,9 +161,9 @@ def test_an_error_of_any_output_above_the_limit(
 
     with monkeypatch.context() as patch:
         alter(patch, by(TOLERANCE / 2))
-        assert self_check(exported, folder, layout=None).errors[output] > TOLERANCE / 3
+        assert self_check(exported, folder, layout="shared").errors[output] > TOLERANCE / 3
     alter(monkeypatch, by(1.2 * TOLERANCE))
-    refusal(exported, folder)
+    refusal(exported, folder, "shared")
 
 
 def test_first_choices_that_differ(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +176,11 @@ def test_first_choices_that_differ(exported: Path, folder: Path, monkeypatch: py
     assert "(limit 0.0001); 6 top-1 disagreements" in message
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5])
-@pytest.mark.parametrize("output", ["log_prob", "entropy", "is_top1"])
+@pytest.mark.parametrize(
+    ("output", "value"),
+    [("log_prob", np.nan), ("entropy", np.nan), ("is_top1", np.nan), ("log_prob", -np.inf), ("entropy", np.inf),
+     ("log_prob", 0.5), ("is_top1", 0.5)],
+)  # fmt: skip
 def test_values_that_cannot_be(
     exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, output: str, value: float
 ) -> None:
@@ -186,7 +190,7 @@ def test_values_that_cannot_be(
         values[output][-1] = value
 
     alter(monkeypatch, change)
-    refusal(exported, folder)
+    refusal(exported, folder, "shared")
 
 
 def test_too_few_values(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
