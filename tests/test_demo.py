@@ -18,13 +18,13 @@ from rich.console import Console
 from dpo_fast.demo import (
     COMPARED_METRICS,
     MARKER,
-    DemoSettings,
     compare_metrics,
     failed_checks,
     print_results,
     run_demo,
 )
 from dpo_fast.demo_data import WORDS, Row, make_pairs, write_jsonl
+from dpo_fast.demo_training import DemoSettings
 from dpo_fast.errors import CheckFailedError, MissingDependencyError, OutputExistsError, UsageError
 from dpo_fast.quiet import quiet
 

@@ -45,8 +45,8 @@ def test_shipped_recipes_load_and_are_documented(name: str) -> None:
 def test_the_readme_documents_no_others_and_every_key() -> None:
     readme = (PROJECT / "export" / "README.md").read_text(encoding="utf-8")
     recipes, keys = (table.splitlines() for table in re.findall(r"\|---.*\n((?:\|.*\n?)+)", readme))
-    assert [re.match(r"\| `([^`]+)`", row)[1] for row in recipes] == SHIPPED  # type: ignore[index]
-    documented = [re.match(r"\| `([^`]+)`", row)[1] for row in keys]  # type: ignore[index]
+    assert [re.match(r"\| `([^`]+)`", row)[1] for row in recipes] == SHIPPED
+    documented = [re.match(r"\| `([^`]+)`", row)[1] for row in keys]
     assert documented == [key for key in Recipe.__dataclass_fields__ if key != "name"]
 
 

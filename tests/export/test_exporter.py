@@ -50,7 +50,7 @@ def trace_calls(monkeypatch: pytest.MonkeyPatch, traced: Trace) -> list[str]:
     calls: list[str] = []
 
     def trace(config: object, **keys: object) -> ir.Model:
-        calls.append(config.model_type)  # type: ignore[attr-defined]
+        calls.append(config.model_type)
         return traced(config, **keys)
 
     monkeypatch.setattr(exporter.graph, "trace", trace)
@@ -161,7 +161,7 @@ def test_a_reference_of_another_shape_is_traced_for_itself(
     small = traced(make_config(), vocabulary_tile=128)
 
     def trace(config: object, **keys: object) -> ir.Model:
-        trace_calls.append(config.rms_norm_eps)  # type: ignore[attr-defined]
+        trace_calls.append(config.rms_norm_eps)
         return small
 
     monkeypatch.setattr(exporter.graph, "trace", trace)
@@ -175,7 +175,7 @@ def test_the_bundles_engine_says_what_pytorch_says(tiny_bundle: Path, tiny_pair:
     found = {}
     for role, folder in zip((POLICY, REFERENCE), tiny_pair, strict=True):
         engine = open_engine(open_bundle(tiny_bundle), role)
-        scores = dict(zip(OUTPUTS, engine._session.run(list(OUTPUTS), lay_out(rows)), strict=True))  # type: ignore[attr-defined]
+        scores = dict(zip(OUTPUTS, engine._session.run(list(OUTPUTS), lay_out(rows)), strict=True))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         np.testing.assert_allclose(scores["log_prob"], plain(model, rows)["log_prob"], rtol=0, atol=5e-5)
         found[role] = scores["log_prob"]
@@ -215,7 +215,7 @@ def test_plain_is_recorded_where_sharing_fails(
 ) -> None:
     def compare(engine: object, pairs: object, expected: object, layout: str) -> SelfCheck:
         error = 6e-4 if layout == "shared" else 1e-6
-        return SelfCheck(layout, 10, {"log_prob": error}, 0, 1e-4)  # type: ignore[arg-type]
+        return SelfCheck(layout, 10, {"log_prob": error}, 0, 1e-4)
 
     monkeypatch.setattr("dpo_fast.export.self_check.compare", compare)
     export(str(pair[0]), None, output, options(output))
@@ -234,7 +234,7 @@ def test_a_failed_self_check_leaves_nothing(
     score = OnnxRuntimeEngine.score
 
     def off(self: OnnxRuntimeEngine, batch: object) -> TokenScores:
-        found = score(self, batch)  # type: ignore[arg-type]
+        found = score(self, batch)
         return dataclasses.replace(found, log_prob=found.log_prob - np.float32(0.25))
 
     monkeypatch.setattr(OnnxRuntimeEngine, "score", off)

@@ -122,7 +122,7 @@ def test_completions_that_see_each_other(folder: Path, monkeypatch: pytest.Monke
     mask = graph_module._attention_mask
 
     def one_segment(config: object, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> object:
-        return mask(config, position_ids, segment_ids.clamp(max=1))  # type: ignore[arg-type]
+        return mask(config, position_ids, segment_ids.clamp(max=1))
 
     monkeypatch.setattr(graph_module, "_attention_mask", one_segment)
     graph = bind_folder(folder, graph_module.trace(make_config(), vocabulary_tile=TILE))
@@ -141,7 +141,7 @@ def test_a_sliding_window_that_is_dropped(tmp_path: Path, monkeypatch: pytest.Mo
     mask = graph_module._attention_mask
 
     def without_window(config: object, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> object:
-        return mask(config, torch.zeros_like(position_ids), segment_ids)  # type: ignore[arg-type]
+        return mask(config, torch.zeros_like(position_ids), segment_ids)
 
     monkeypatch.setattr(graph_module, "_attention_mask", without_window)
     refusal(bind_folder(folder, graph_module.trace(config, vocabulary_tile=TILE)), folder)
