@@ -116,6 +116,8 @@ def storage_errors(target: Path) -> Iterator[None]:
             errno.EACCES: "name a folder that you may write to",
             errno.EPERM: "name a folder that you may write to",
             errno.EROFS: "name a folder on a disk that is not read-only",
+            errno.ENOENT: "it is not there, or no file can be made there: check the path",
+            errno.EIO: "the disk is failing: name a folder on another one",
             errno.ENOTDIR: "a part of the path is a file; name another folder",
             errno.EEXIST: "a part of the path is a file; name another folder",  # what mkdir says of it
             errno.ELOOP: "a part of the path is a link to itself; name another folder",

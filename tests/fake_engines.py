@@ -1,14 +1,16 @@
-"""Engines without a model, and a bundle without weights, for what needs neither.
+"""Engines without a model, a bundle without weights, and a few pairs, for what needs no more.
 
 A fake engine's word on a token is a hash of all that a language model's word may depend on: the target, and the tokens
 before it with their positions, of the prompt and of its own completion. Any other influence (padding, another row, the
 other completion, a wrong position) changes the hash.
 """
 
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from toy_tokenizers import byte_bpe
@@ -20,6 +22,13 @@ from dpo_fast.types import TokenizedPair, TokenScores
 
 OUTPUTS = ("log_prob", "entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
 RECIPE = Recipe("fake", "no model", engine="onnxruntime", precision="fp32", vocabulary_tile=128, token_budget=64)
+ROWS = [
+    {"prompt": "What is it?", "chosen": " It is blue.", "rejected": " I do not know it.", "kind": "sky"},
+    {"prompt": "And this?", "chosen": " The sea.", "rejected": " Rain.", "kind": "sea"},
+    {"prompt": "The rain in", "chosen": " Spain stays in the plain.", "rejected": " you.", "kind": "sky"},
+    {"prompt": "def add(a, b):", "chosen": "\n    return a + b", "rejected": "\n    pass", "kind": "sea"},
+    {"prompt": "Human: hi", "chosen": " Assistant: hi", "rejected": " weather", "kind": "sky"},
+]
 
 
 def opinion(context: Sequence[tuple[int, int]], target: int, salt: str = "") -> tuple[float, ...]:
@@ -107,3 +116,8 @@ def make_pair(
     prompt: list[int], chosen: list[int], rejected: list[int], row: int = 1, group: str | None = None
 ) -> TokenizedPair:
     return TokenizedPair(row=row, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, group=group)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return str(path)

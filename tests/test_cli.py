@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engines import FakeEngine, make_fake_bundle
+from fake_engines import ROWS, FakeEngine, make_fake_bundle, write_rows
 from rich.console import Console
-from test_evaluate import ROWS, write_rows
 
 import dpo_fast.cli
 import dpo_fast.evaluate

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_engines import FakeEngine, FakeEngines, expected, make_fake_bundle
+from fake_engines import ROWS, FakeEngine, FakeEngines, expected, make_fake_bundle, write_rows
 
 import dpo_fast.evaluate
 from dpo_fast.batches import Batch
@@ -32,24 +32,12 @@ from dpo_fast.store import ScoreStore
 from dpo_fast.tokens import load_tokenizer, tokenize_pair
 from dpo_fast.types import LossSettings, PreferenceRow, TokenScores
 
-ROWS = [
-    {"prompt": "What is it?", "chosen": " It is blue.", "rejected": " I do not know it.", "kind": "sky"},
-    {"prompt": "And this?", "chosen": " The sea.", "rejected": " Rain.", "kind": "sea"},
-    {"prompt": "The rain in", "chosen": " Spain stays in the plain.", "rejected": " you.", "kind": "sky"},
-    {"prompt": "def add(a, b):", "chosen": "\n    return a + b", "rejected": "\n    pass", "kind": "sea"},
-    {"prompt": "Human: hi", "chosen": " Assistant: hi", "rejected": " weather", "kind": "sky"},
-]
 EMPTY = {"prompt": "", "chosen": "a", "rejected": "b", "kind": "sky"}
 TRL_KEYS = [
     "eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins", "eval_rewards/accuracies",
     "eval_logps/chosen", "eval_logps/rejected", "eval_logits/chosen", "eval_logits/rejected", "eval_entropy",
     "eval_mean_token_accuracy",
 ]  # fmt: skip
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_engines import FakeEngines, make_fake_bundle
+from fake_engines import ROWS, FakeEngines, make_fake_bundle, write_rows
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
-from test_evaluate import ROWS, write_rows
 
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 from dpo_fast.types import LossSettings

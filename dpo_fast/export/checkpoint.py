@@ -239,7 +239,11 @@ def _stored_bytes(checkpoint: Checkpoint, tensor: StoredTensor) -> "np.memmap[An
 
 
 def folder_files(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator[Path]:
-    """The files of a checkpoint that belong to an ordinary Transformers folder, weights included."""
+    """The files of a checkpoint that belong to an ordinary Transformers folder, weights included.
+
+    Raises:
+        CheckpointError: a file's name is no plain text.
+    """
     patterns = (*FOLDER_PATTERNS, *(CODE_PATTERNS if trust_remote_code else ()))
     names = {
         path.name
@@ -248,6 +252,8 @@ def folder_files(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator
         if path.is_file() and path.name not in TRAINING_FILES
     }
     for name in sorted(names | set(checkpoint.weight_files)):
+        if not name.isprintable():  # control characters, or bytes that are no UTF-8: no manifest can hold them
+            raise CheckpointError(f"{checkpoint.folder}: the file name {name!r} holds no plain text; rename the file")
         yield checkpoint.folder / name
 
 

@@ -106,6 +106,8 @@ def export(
         for role, model in models.items():
             report(f"{role}: copying {model.checkpoint.source}")
             checkpoint.copy_folder(model.checkpoint, folder / role, trust_remote_code=options.trust_remote_code)
+            if role == POLICY:
+                _write_card(model.checkpoint, folder / role)
             architecture = _architecture(model.config)
             if traced is None or traced[0] != architecture:
                 report(f"{role}: tracing {model.config.model_type}")
@@ -130,7 +132,6 @@ def export(
                 )
                 report(f"{role}: {checked}")
             entries[role] = _entry(role, model, checked, options)
-        write_card(folder / POLICY, None)
         report("hashing")
         write_manifest(
             folder,
@@ -146,6 +147,14 @@ def export(
             ),
         )
     return output
+
+
+def _write_card(source: Checkpoint, copy: Path) -> None:
+    """Make the policy's README.md a model card; one that cannot be kept is named where the user has it."""
+    try:
+        write_card(copy, None)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(copy), str(source.folder))) from error
 
 
 def _open(name: str, revision: str | None, options: ExportOptions) -> _Model:
@@ -237,10 +246,11 @@ def _entry(role: str, model: _Model, checked: SelfCheck | None, options: ExportO
     """A role's part of the manifest."""
     tensors = model.checkpoint.tensors
     architectures = model.config.architectures
+    named = architectures[0] if isinstance(architectures, list) and architectures else type(model.config).__name__
     return ModelEntry(
         source=model.checkpoint.source,
         revision=model.checkpoint.revision,
-        architecture=architectures[0] if isinstance(architectures, list) else type(model.config).__name__,
+        architecture=str(named),
         model_type=model.config.model_type,
         stored_dtypes=sorted({tensor.dtype for tensor in tensors.values()}),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),

@@ -18,7 +18,8 @@ def traced() -> Trace:
     trace, remembered = graph.trace, {}
 
     def once(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: bool = False) -> ir.Model:
-        key = (repr(sorted(_architecture(config).items())), vocabulary_tile)
+        architecture = {name: value for name, value in _architecture(config).items() if name != "auto_map"}
+        key = (repr(sorted(architecture.items())), vocabulary_tile)
         if key not in remembered:
             remembered[key] = trace(config, vocabulary_tile=vocabulary_tile, trust_remote_code=trust_remote_code)
         return remembered[key]

@@ -1,4 +1,4 @@
-"""Exporting by Hub id, from a Hub on loopback: what arrives, by which commit, and what is said when it cannot be had."""
+"""Exporting by Hub id, from a Hub on loopback: what arrives, by which commit, and what a missing one is told."""
 
 import json
 import subprocess
