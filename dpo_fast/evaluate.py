@@ -18,7 +18,7 @@ from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.engines import open_engine
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError, DatasetError, InputError, OutputExistsError, UsageError
-from dpo_fast.files import storage_errors, write_json, write_text
+from dpo_fast.files import make_folder, storage_errors, write_json, write_text
 from dpo_fast.metrics.summary import compute_metrics
 from dpo_fast.preferences import PreferenceSet, load_preferences
 from dpo_fast.provenance import hardware, versions
@@ -173,11 +173,11 @@ def _check_options(options: EvaluateOptions) -> None:
 
 def _check_output(output: Path, options: EvaluateOptions) -> None:
     """Take a new or an empty folder, an unfinished run, and with `overwrite` a finished one; refuse all else."""
-    try:
-        with storage_errors(output):
+    with storage_errors(output):
+        try:
             output.lstat()
-    except FileNotFoundError:
-        return
+        except FileNotFoundError:
+            return
     is_empty = output.is_dir() and not any(output.iterdir())
     has_metrics = (output / METRICS).exists()
     is_unfinished = (output / SCORES).is_dir() and not has_metrics
@@ -247,8 +247,7 @@ def _score(
     token_budget = options.token_budget or bundle.manifest.recipe["token_budget"]
     parts = math.ceil(len(pairs) / PAIRS_PER_PART)
     # A disk that refuses is better found now than after the first part.
-    with storage_errors(store.folder):
-        store.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(store.folder)
     # Parts are consecutive: one more than there should be means that the run was of more pairs.
     if store.path(parts).exists():
         raise OutputExistsError(

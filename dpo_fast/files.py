@@ -31,8 +31,8 @@ def new_folder(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         StorageError: the disk refused.
     """
     refuse_existing(target, overwrite=overwrite, marker=marker)
+    make_folder(target.parent)
     with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         with storage_errors(target):
@@ -97,6 +97,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, if they are not there.
+
+    Raises:
+        StorageError: the disk refused, or takes no folders there (/proc).
+    """
+    try:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise StorageError(f"{folder}: no folder can be made there; name one on an ordinary disk") from error
+
+
 def sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal."""
     with path.open("rb") as file:
@@ -116,7 +129,6 @@ def storage_errors(target: Path) -> Iterator[None]:
             errno.EACCES: "name a folder that you may write to",
             errno.EPERM: "name a folder that you may write to",
             errno.EROFS: "name a folder on a disk that is not read-only",
-            errno.ENOENT: "it is not there, or no file can be made there: check the path",
             errno.EIO: "the disk is failing: name a folder on another one",
             errno.ENOTDIR: "a part of the path is a file; name another folder",
             errno.EEXIST: "a part of the path is a file; name another folder",  # what mkdir says of it

@@ -409,6 +409,8 @@ def _unreadable(name: str, error: Exception, hint: str | None) -> DatasetError |
         cause = cause.__cause__
     # `DatasetGenerationError` only says that something went wrong; what, its cause says.
     said = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    if "corresponds to no data" in str(said):  # a file of blank lines, in the library's words
+        return DatasetError(f"{name!r} has no rows")
     message = shown(_HUB_TOKEN.sub("hf_...", str(said))) if str(said) else type(said).__name__
     return DatasetError(f"{name!r} cannot be read: " + (hint or message) + (f" ({message})" if hint else ""))
 

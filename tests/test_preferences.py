@@ -350,8 +350,8 @@ def test_missing_columns(tmp_path: Path) -> None:
 GOOD = jsonl([PAIR])
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "empty": ("a.jsonl", b"", "is empty"),
-    "blank lines": ("a.jsonl", b"\n\n", "no data"),
-    "empty list": ("a.json", b"[]", "no data"),
+    "blank lines": ("a.jsonl", b"\n\n", "has no rows"),
+    "empty list": ("a.json", b"[]", "has no rows"),
     "empty gzip": ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz' "),
     "cut line": ("a.jsonl", GOOD + GOOD + b'{"prompt": "q", "cho', "line 3 is not JSON"),
     "middle line": ("a.jsonl", GOOD + b"\n" + b"{]\n" + GOOD, "line 3 is not JSON"),
