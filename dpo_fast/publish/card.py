@@ -6,7 +6,6 @@ says is its author's: its fields and its text stay, and ours stands between two 
 
 import html
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import CheckpointError, StorageError
+from dpo_fast.files import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -128,7 +128,6 @@ def write_card(
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is not a folder; give the folder of a saved model")
     path = folder / "README.md"
-    temporary = folder / f".README.md.{os.getpid()}.tmp"
     adapter = folder / "adapter_config.json"
     try:
         is_adapter = adapter.is_file()
@@ -146,14 +145,7 @@ def write_card(
             repo_id=repo_id,
             library_name="peft" if is_adapter else "transformers",
         )
-        try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                file.write(card)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, card)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{str(path)!r} is not UTF-8 ({error.reason}); convert or remove it") from error
     except CheckpointError as error:

@@ -43,7 +43,7 @@ ARCHITECTURES = {
     "opt, positions from 2": ("opt", {}),
     "granite, scaled logits": (
         "granite",
-        {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
+        {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
     ),
     "cohere, scaled logits, parallel layers": ("cohere", {"logit_scale": 0.25}),
 }
