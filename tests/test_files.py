@@ -39,7 +39,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
                                          "deep/target/sub/data"}  # fmt: skip
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.EINVAL, "no fault of the disk")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.EINVAL, "no fault of the disk")]
+)
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_failure_inside_leaves_nothing_and_touches_nothing(
     tmp_path: Path, error: BaseException, exists: bool
