@@ -4,16 +4,19 @@
 
 It needs the baseline scripts (`make_model.py`, `trl_evaluate.py`, `torch_tuned.py`) and the preference data, which lie
 beside the project. Every contender is a process of its own; wall time includes start-up, scoring time does not.
-dpo_fast runs before and after the others, so that a machine that slows down shows. Prints a table, then one JSON line.
+dpo_fast runs before and after the others, so that a machine that slows down shows. The peak of a float32 matrix
+product, measured in the same run, says how much faster it could be. Prints a table, then one JSON line.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,8 @@ def main() -> None:
     # The slower of the two runs is the one that is claimed.
     wall_seconds = max(wall for wall, _ in runs)
     score_seconds = max(metrics["timing"]["score_seconds"] for _, metrics in runs)
+    peaks = gemm_peaks()
+    needed = needed_flop(bundle, first[1]["counts"]["tokens"])
     errors = {key: abs(first[1][key] - value) for key, value in trl.items() if key in first[1]}
     result = {
         "shape": arguments.shape,
@@ -74,6 +79,11 @@ def main() -> None:
         "dpo_fast_score_seconds": [metrics["timing"]["score_seconds"] for _, metrics in runs],
         "wall_ratio_to_trl": trl_wall_seconds / wall_seconds,
         "score_ratio_to_tuned_torch": tuned_seconds / score_seconds,
+        "onnxruntime_gemm_peak_gflop_per_second": peaks["onnxruntime"] / 1e9,
+        "torch_gemm_peak_gflop_per_second": peaks["torch"] / 1e9,
+        "needed_tflop": needed / 1e12,
+        "share_of_gemm_peak": needed / score_seconds / peaks["onnxruntime"],
+        "score_ratio_to_tuned_torch_at_gemm_peak": tuned_seconds * peaks["onnxruntime"] / needed,
         "largest_metric_error": max(errors.values()),
         "metrics_compared": len(errors),
         "metrics_agree": agree(first[1], trl),
@@ -101,6 +111,12 @@ def main() -> None:
         scoring = metrics["timing"]["score_seconds"]
         table.add_row(f"dpo_fast evaluate, {name}", f"{wall:.1f}", f"{scoring:.1f}", f"{pairs / wall:.2f}", "")
     Console(width=110).print(table)
+    print(
+        f"GEMM peak, float32, 512 x 576 x 1,536: ONNX Runtime {peaks['onnxruntime'] / 1e9:.0f} GFLOP/s, PyTorch "
+        f"{peaks['torch'] / 1e9:.0f}.\nThe weights' products alone are {needed / 1e12:.2f} TFLOP: "
+        f"{needed / peaks['onnxruntime']:.1f} s at that peak; scoring runs at "
+        f"{needed / score_seconds / peaks['onnxruntime']:.0%} of it.\n"
+    )
     metric_errors = Table(title="TRL's metrics, --aggregate trl --batch-size 8", title_justify="left")
     for column in ("metric", "TRL", "dpo_fast", "difference"):
         metric_errors.add_column(column, justify="left" if column == "metric" else "right")
@@ -115,8 +131,10 @@ def call(arguments: list[Any]) -> tuple[float, dict[str, Any]]:
     print(f"running {' '.join(Path(str(part)).name for part in arguments[:3])} …", file=sys.stderr, flush=True)
     started = time.perf_counter()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, env=environment, check=True)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, env=environment, check=False)
     seconds = time.perf_counter() - started
+    if done.returncode != 0:
+        sys.exit(f"{done.stderr.decode()}\nfailed: {' '.join(map(str, arguments))}")
     lines = done.stdout.decode().strip().splitlines()
     return seconds, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
 
@@ -127,6 +145,58 @@ def evaluate(bundle: Path, data: Path, limit: list[str], run: Path) -> tuple[flo
     trl_like = ["--aggregate", "trl", "--batch-size", "8"]
     seconds, _ = call(["-m", "dpo_fast", "evaluate", bundle, "--dataset", data, "--output", run, *limit, *trl_like])
     return seconds, json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+
+
+def needed_flop(bundle: Path, tokens: dict[str, int]) -> float:
+    """Floating-point operations that no float32 evaluation of both models can do without, the prompt shared.
+
+    Two for each weight and token; the embedding (tied to the head) only for the completions' tokens. Attention's own
+    products, which grow with the square of the length, come on top.
+    """
+    models = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["models"]
+    config = json.loads((bundle / "policy" / "config.json").read_text(encoding="utf-8"))
+    head: int = config["vocab_size"] * config["hidden_size"]
+    completions = tokens["chosen"] + tokens["rejected"]
+    body: int = sum(model["parameters"] - head for model in models.values())
+    return 2.0 * (body * (tokens["prompt"] + completions) + len(models) * head * completions)
+
+
+def gemm_peaks() -> dict[str, float]:
+    """The best of 100 float32 matrix products of the model's most frequent shape, in operations a second."""
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import torch
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, inner, columns = 512, 576, 1536
+    generator = np.random.default_rng(0)
+    left = generator.standard_normal((rows, inner), np.float32)
+    right = generator.standard_normal((inner, columns), np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["left", "right"], ["product"])],
+        "gemm",
+        [helper.make_tensor_value_info("left", TensorProto.FLOAT, [rows, inner])],
+        [helper.make_tensor_value_info("product", TensorProto.FLOAT, [rows, columns])],
+        [numpy_helper.from_array(right, "right")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    tensors = torch.from_numpy(left), torch.from_numpy(np.ascontiguousarray(right.T))
+    contenders: dict[str, Callable[[], Any]] = {
+        "onnxruntime": lambda: session.run(None, {"left": left}),
+        "torch": lambda: torch.nn.functional.linear(*tensors),
+    }
+    peaks = {}
+    for name, product in contenders.items():
+        fastest = math.inf
+        for _ in range(100):
+            started = time.perf_counter()
+            product()
+            fastest = min(fastest, time.perf_counter() - started)
+        peaks[name] = 2 * rows * inner * columns / fastest
+    return peaks
 
 
 def agree(ours: dict[str, Any], trl: dict[str, Any]) -> bool:
