@@ -201,7 +201,7 @@ def test_bad_rows(dpo_fast_: Command, bundle: Path, tmp_path: Path, change: dict
     ("content", "says"),
     [
         ("", ["'pairs.jsonl' is empty"]),
-        ("\n\n", ["'pairs.jsonl' cannot be read"]),
+        ("\n\n", ["'pairs.jsonl' has no rows"]),
         ('{"prompt": 1\n', ["'pairs.jsonl' cannot be read", "line 1 is not JSON"]),
         ('{"prompt": "a", "chosen": "b"}\n', ["no column 'rejected'", "prompt, chosen"]),
     ],

@@ -147,8 +147,15 @@ def test_tools_and_template_arguments(tools: Any, implicit: bool, tmp_path: Path
             assert "dry" in rendered
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"])
-@pytest.mark.parametrize("kind", ["text", "implicit text", "chat", "implicit chat"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv")
+        for kind in ("text", "implicit text", "chat", "implicit chat")
+        if not (name == "a.csv" and "chat" in kind)  # CSV has no lists
+    ],
+)
 def test_files(name: str, kind: str, tmp_path: Path) -> None:
     """TRL is given the data set that `load_dataset` makes of the same file."""
     rows = {
@@ -157,8 +164,6 @@ def test_files(name: str, kind: str, tmp_path: Path) -> None:
         "chat": CHAT_ROWS,
         "implicit chat": IMPLICIT_CHAT_ROWS,
     }[kind]
-    if name == "a.csv" and "chat" in kind:
-        pytest.skip("CSV has no lists")
     tokenizer = chat("thought") if "chat" in kind else byte_bpe()
     path = write(tmp_path / name, rows)
     loader = {"jsonl": "json", "json": "json", "gz": "json"}.get(name.split(".")[-1], name.split(".")[-1])
