@@ -35,7 +35,7 @@ class Recipe:
 def recipe_folder() -> Path:
     """Where the shipped recipes lie: in the package when installed, at the top of the project otherwise."""
     package = Path(__file__).parent
-    installed = package / "recipes"
+    installed = package / "recipe_files"
     return installed if installed.is_dir() else package.parent / "export"
 
 
