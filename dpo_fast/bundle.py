@@ -101,15 +101,21 @@ class Bundle:
         """A role's Transformers folder."""
         return self.folder / role
 
-    def role_hash(self, role: str) -> str:
-        """One hash of all that decides a role's scores: the graph's and every weight file's."""
+    @property
+    def base_model(self) -> str | None:
+        """The Hub id that the policy was trained from, for its card; None where the reference is a local folder."""
+        reference = self.manifest.models.get(REFERENCE)
+        return reference.source if reference is not None and reference.revision is not None else None
+
+    def role_hashes(self, role: str) -> list[str]:
+        """The SHA-256 of all that decides a role's scores: the graph's and every weight file's."""
         entry = self.manifest.models[role]
         files = self.manifest.files
-        return "+".join(
+        return [
             files[name]["sha256"]
             for name in sorted(files)
             if name == entry.graph or (name.startswith(f"{role}/") and name.endswith(".safetensors"))
-        )
+        ]
 
     def verify(self) -> None:
         """Check that every file is there and is the one that was exported.

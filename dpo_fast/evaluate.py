@@ -107,9 +107,9 @@ def evaluate(
     _check_options(options)
     _check_output(output, options)
     opened = open_bundle(bundle)
-    if not opened.has_reference and options.loss.reference_free is None:
+    roles = [POLICY, REFERENCE] if options.loss.reference_free is None else [POLICY]
+    if REFERENCE in roles and not opened.has_reference:
         raise UsageError(f"{bundle}: has no reference; say --reference-free sum, average or norm")
-    roles = [POLICY, REFERENCE] if opened.has_reference and options.loss.reference_free is None else [POLICY]
     max_length = _max_length(opened, options)
 
     # Loading and hashing release the interpreter, so they go on while the rows are read and tokenised.
@@ -260,7 +260,8 @@ def _score(
     with bar:
         for part in range(parts):
             chunk = pairs[part * PAIRS_PER_PART : (part + 1) * PAIRS_PER_PART]
-            fingerprints = {role: _fingerprint(chunk, bundle, role, engine) for role, engine in engines.items()}
+            of_pairs = {"token ids": token_hash(chunk), "row numbers, truncation or groups": row_hash(chunk)}
+            fingerprints = {role: of_pairs | _fingerprint(bundle, role, engine) for role, engine in engines.items()}
             if store.has(part, fingerprints):
                 bar.update(2 * len(chunk) * len(engines))
                 continue
@@ -278,12 +279,10 @@ def _score(
     return parts, computed, padding
 
 
-def _fingerprint(pairs: Sequence[TokenizedPair], bundle: Bundle, role: str, engine: Engine) -> Fingerprint:
-    """What a role's scores of these pairs depend on."""
+def _fingerprint(bundle: Bundle, role: str, engine: Engine) -> Fingerprint:
+    """What a role's scores depend on beside the pairs."""
     return {
-        "token ids": token_hash(pairs),
-        "row numbers, truncation or groups": row_hash(pairs),
-        "weights and graph": bundle.role_hash(role),
+        "weights and graph": "+".join(bundle.role_hashes(role)),
         "engine": engine.name,
         "precision": engine.precision,
         "layout": bundle.manifest.models[role].layout,
@@ -316,7 +315,7 @@ def _provenance(
                 "source": entry.source,
                 "revision": entry.revision,
                 "layout": entry.layout,
-                "weights_and_graph_sha256": bundle.role_hash(role).split("+"),
+                "weights_and_graph_sha256": bundle.role_hashes(role),
             }
             for role, entry in bundle.manifest.models.items()
             if role in engines
@@ -339,9 +338,7 @@ def _provenance(
 
 def _update_card(bundle: Bundle, metrics: dict[str, Any], report: Callable[[str], None]) -> None:
     """Put the numbers on the policy's model card; a bundle that cannot be written keeps its old card."""
-    reference = bundle.manifest.models.get(REFERENCE)
-    base_model = reference.source if reference is not None and reference.revision is not None else None
     try:
-        write_card(bundle.model_folder(POLICY), metrics, base_model=base_model)
+        write_card(bundle.model_folder(POLICY), metrics, base_model=bundle.base_model)
     except InputError as error:
         report(f"the model card was not updated: {error}")

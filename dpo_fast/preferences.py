@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import DatasetError, RowError, StorageError, UsageError
+from dpo_fast.files import sha256
 from dpo_fast.types import Message, OnError, PreferenceRow, SkippedRow, Text
 
 if TYPE_CHECKING:
@@ -374,8 +375,7 @@ def _kind(value: Text) -> str:
 def _sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise DatasetError(f"{str(path)!r} cannot be read: {error.strerror}") from error
 

@@ -1,6 +1,7 @@
 """What every test may use: a tiny policy and its reference, and the bundle exported from them, once a session."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,12 @@ def tiny_bundle(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("tiny_bundle")
     policy, reference = tiny_pair
     return export(str(policy), str(reference), folder / "bundle", ExportOptions(recipe=str(write_recipe(folder))))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing the work."""
+    from dpo_fast.demo_training import one_thread
+
+    with one_thread():
+        yield

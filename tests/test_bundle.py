@@ -74,8 +74,8 @@ def test_where_things_are(bundle: Bundle) -> None:
         assert bundle.graph(role).is_file()
         assert (bundle.model_folder(role) / "config.json").is_file()
     files = bundle.manifest.files
-    assert bundle.role_hash(POLICY) == "+".join(files[n]["sha256"] for n in ("policy.onnx", "policy/model.safetensors"))
-    assert bundle.role_hash(POLICY) != bundle.role_hash(REFERENCE)
+    assert bundle.role_hashes(POLICY) == [files[n]["sha256"] for n in ("policy.onnx", "policy/model.safetensors")]
+    assert bundle.role_hashes(POLICY) != bundle.role_hashes(REFERENCE)
 
 
 def change(bundle: Bundle, edit: Callable[[Manifest], object]) -> str:

@@ -10,7 +10,6 @@ whole numbers and must be equal to float32's own rounding of a mean (1e-7).
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ trl = pytest.importorskip("trl")
 
 pytestmark = [
     pytest.mark.slow,  # exports a model and builds trainers
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # TRL's own use of Transformers
 ]
 
@@ -88,15 +88,6 @@ def implicit_conversation(prompt: str, chosen: str, rejected: str) -> dict[str, 
 
 
 FORMATS = {make.__name__: make for make in (explicit_text, implicit_text, explicit_conversation, implicit_conversation)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose by sharing the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

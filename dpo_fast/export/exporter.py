@@ -120,7 +120,7 @@ def export(
                     ),
                 )
             bound = weights.bind(traced[1], model.checkpoint, model.stored_names, role)
-            weights.save(bound, folder / f"{role}.onnx")
+            ir.save(bound, folder / f"{role}.onnx")
             checked: SelfCheck | None = None
             if options.self_check:
                 report(f"{role}: comparing the graph with PyTorch")

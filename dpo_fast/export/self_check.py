@@ -15,7 +15,7 @@ from dpo_fast.quiet import quiet
 from dpo_fast.scores import check_scores
 from dpo_fast.types import TokenizedPair
 
-# Tokens of (prompt, chosen, rejected): shortest possible, unequal, equal, longer than one vocabulary tile's batch.
+# Tokens of (prompt, chosen, rejected): the shortest possible, prompts and completions longer and shorter than another.
 PROBES = ((5, 3, 7), (1, 1, 1), (17, 12, 4), (2, 40, 40), (61, 20, 33))
 SEED = 20_240_607
 # Largest error, in nats (in units of the logit for mean_logit), that rounding explains. Two float32 orders of

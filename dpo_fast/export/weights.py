@@ -5,7 +5,6 @@ float32 in the graph, which the engine does once, when it loads.
 """
 
 import re
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -126,8 +125,3 @@ def bind(graph: ir.Model, checkpoint: Checkpoint, stored_names: dict[str, str], 
             value.type = ir.TensorType(dtype)
             bound.graph.insert_before(bound.graph[0], cast)
     return bound
-
-
-def save(graph: ir.Model, path: Path) -> None:
-    """Write a bound graph; its external tensors stay where they are."""
-    ir.save(graph, path)

@@ -233,46 +233,6 @@ def reduce_pairs(scores: PairScores, settings: LossSettings) -> tuple[Branch, Br
     )
 
 
-def slice_pairs(scores: PairScores, start: int, stop: int) -> PairScores:
-    """The pairs from `start` up to, but without, `stop` (0-based positions, clipped to what is there).
-
-    Args:
-        scores: P pairs.
-        start: position of the first pair to keep.
-        stop: position after the last pair to keep.
-
-    Returns:
-        The pairs; their arrays are views, not copies.
-    """
-    part = slice(start, stop)
-
-    def cut(completion: CompletionScores) -> CompletionScores:
-        offsets = np.concatenate([[0], np.cumsum(completion.lengths)])
-        kept = offsets[start : stop + 1]
-        tokens = slice(kept[0], kept[-1]) if len(kept) else slice(0, 0)
-        return CompletionScores(
-            log_probs=completion.log_probs[tokens],
-            lengths=completion.lengths[part],
-            entropy=completion.entropy[part],
-            mean_logit=completion.mean_logit[part],
-            top1=completion.top1[part],
-            log_sum_sq_prob=completion.log_sum_sq_prob[part],
-        )
-
-    return PairScores(
-        rows=scores.rows[part],
-        prompt_lengths=scores.prompt_lengths[part],
-        chosen_lengths=scores.chosen_lengths[part],
-        rejected_lengths=scores.rejected_lengths[part],
-        truncated=scores.truncated[part],
-        groups=None if scores.groups is None else scores.groups[part],
-        policy_chosen=cut(scores.policy_chosen),
-        policy_rejected=cut(scores.policy_rejected),
-        reference_chosen=None if scores.reference_chosen is None else cut(scores.reference_chosen),
-        reference_rejected=None if scores.reference_rejected is None else cut(scores.reference_rejected),
-    )
-
-
 def log_sigmoid(values: Float64Array) -> Float64Array:
     """log(1 / (1 + e^-x)), element by element, without overflow: -log(e^0 + e^-x)."""
     result: Float64Array = -np.logaddexp(0.0, -values)

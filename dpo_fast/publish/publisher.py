@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
+from dpo_fast.bundle import POLICY, Bundle, open_bundle
 from dpo_fast.errors import UsageError
 from dpo_fast.evaluate import METRICS
 from dpo_fast.publish.card import write_card
@@ -41,9 +41,8 @@ def push_bundle(
     bundle = open_bundle(folder)
     bundle.verify()
     if run is not None:
-        reference = bundle.manifest.models.get(REFERENCE)
-        base_model = reference.source if reference is not None and reference.revision is not None else None
-        write_card(bundle.model_folder(POLICY), _metrics_of(run, bundle), base_model=base_model, repo_id=repo_id)
+        metrics = _metrics_of(run, bundle)
+        write_card(bundle.model_folder(POLICY), metrics, base_model=bundle.base_model, repo_id=repo_id)
     return push(bundle.model_folder(POLICY), repo_id, private=private, revision=revision, commit_message=commit_message)
 
 
@@ -55,6 +54,6 @@ def _metrics_of(run: Path, bundle: Bundle) -> dict[str, Any]:
         scored = metrics["provenance"]["models"][POLICY]["weights_and_graph_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--run {run}: holds no readable {METRICS}; name a folder that `evaluate` wrote") from error
-    if scored != bundle.role_hash(POLICY).split("+"):
+    if scored != bundle.role_hashes(POLICY):
         raise UsageError(f"--run {run}: was made with other weights than this bundle's; evaluate this bundle")
     return metrics

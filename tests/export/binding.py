@@ -7,7 +7,7 @@ import onnxruntime
 from transformers import AutoConfig
 
 from dpo_fast.export.checkpoint import Checkpoint, read_tensors
-from dpo_fast.export.weights import bind, match_names, save
+from dpo_fast.export.weights import bind, match_names
 
 
 def opened(folder: Path) -> Checkpoint:
@@ -21,7 +21,7 @@ def names(folder: Path) -> dict[str, str]:
 def bind_folder(folder: Path, graph: ir.Model) -> Path:
     """Bind a graph to a checkpoint's folder; the graph's file lies beside it."""
     path = folder.with_suffix(".onnx")
-    save(bind(graph, opened(folder), names(folder), folder.name), path)
+    ir.save(bind(graph, opened(folder), names(folder), folder.name), path)
     return path
 
 

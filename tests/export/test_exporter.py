@@ -284,7 +284,7 @@ def test_a_disk_that_fills_up_at_any_step(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    place = {"copy_folder": exporter.checkpoint, "save": exporter.weights, "hash_files": exporter}[step]
+    place = {"copy_folder": exporter.checkpoint, "save": exporter.ir, "hash_files": exporter}[step]
     monkeypatch.setattr(place, step, full)
     message = refusal(StorageError, pair[0], None, output, self_check=False)
     assert message == f"{output}: No space left on device; free some space, or name a folder on another disk"

@@ -17,7 +17,7 @@ from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.errors import CheckFailedError, CheckpointError, SelfCheckError
 from dpo_fast.export import graph as graph_module
 from dpo_fast.export.self_check import CONTINUOUS, TOLERANCE, SelfCheck, _probes, self_check
-from dpo_fast.export.weights import bind, save
+from dpo_fast.export.weights import bind
 from dpo_fast.types import TokenScores
 
 from .binding import bind_folder, names, opened
@@ -81,7 +81,7 @@ def test_two_tensors_swapped(folder: Path, traced: Trace) -> None:
     swapped = {**found.tensors, one: found.tensors[other], other: found.tensors[one]}
     graph = folder.with_suffix(".onnx")
     checkpoint = dataclasses.replace(found, tensors=swapped)
-    save(bind(traced(make_config(), vocabulary_tile=TILE), checkpoint, names(folder), "policy"), graph)
+    ir.save(bind(traced(make_config(), vocabulary_tile=TILE), checkpoint, names(folder), "policy"), graph)
     message = refusal(graph, folder)
     assert "shared layout, 322 tokens, largest errors: log_prob " in message
     assert "plain layout, 322 tokens, largest errors: log_prob " in message
@@ -94,7 +94,7 @@ def test_one_offset_shifted_by_one_weight(folder: Path, traced: Trace, shift: in
     moved = dataclasses.replace(found.tensors[LAYERS[0]], offset=found.tensors[LAYERS[0]].offset + shift)
     graph = folder.with_suffix(".onnx")
     checkpoint = dataclasses.replace(found, tensors={**found.tensors, LAYERS[0]: moved})
-    save(bind(traced(make_config(), vocabulary_tile=TILE), checkpoint, names(folder), "policy"), graph)
+    ir.save(bind(traced(make_config(), vocabulary_tile=TILE), checkpoint, names(folder), "policy"), graph)
     refusal(graph, folder)
 
 

@@ -16,11 +16,10 @@ from dpo_fast.metrics.rewards import (
     reference_free_scores,
     segment_sums,
     sequence_log_probs,
-    slice_pairs,
 )
 from dpo_fast.types import LossSettings
 
-from .build import completion, concatenate, pair_scores, random_scores
+from .build import completion, concatenate, pair_scores, random_scores, slice_pairs
 
 CHOSEN = completion([[-1.0, -2.0, -4.0], [], [-3.0]])
 SHARED = np.array([2, 0, 1])  # the rejected completions have 2, 5 and 1 scored tokens

@@ -11,11 +11,10 @@ from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from dpo_fast.errors import EngineOutputError, UsageError
-from dpo_fast.metrics.rewards import slice_pairs
 from dpo_fast.metrics.summary import compute_metrics
 from dpo_fast.types import F_DIVERGENCE_LOSSES, LOSS_TYPES, LossSettings, PairScores
 
-from .build import completion, concatenate, pair_scores, random_scores
+from .build import completion, concatenate, pair_scores, random_scores, slice_pairs
 
 REWARD_KEYS = ("eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins", "eval_rewards/accuracies")
 PER_PAIR_KEYS = ("eval_loss", *REWARD_KEYS, "eval_logps/chosen", "eval_logps/rejected")

@@ -9,23 +9,25 @@ the largest difference seen. Accuracies are shares of whole numbers, so only flo
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dpo_fast.metrics.rewards import reduce_pairs, slice_pairs
+from dpo_fast.metrics.rewards import reduce_pairs
 from dpo_fast.metrics.summary import compute_metrics
 from dpo_fast.types import F_DIVERGENCE_LOSSES, LOSS_TYPES, SORTING_LOSSES, CompletionScores, LossSettings, PairScores
 
-from .build import pair_scores
+from .build import pair_scores, slice_pairs
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 
-pytestmark = pytest.mark.slow  # builds a trainer, then runs two tiny models twice a case
+pytestmark = [
+    pytest.mark.slow,  # builds a trainer, then runs two tiny models twice a case
+    pytest.mark.usefixtures("one_thread"),
+]
 
 BATCH = 4
 EXACT_KEYS = ("eval_rewards/accuracies", "eval_mean_token_accuracy")
@@ -40,15 +42,6 @@ TRL_KEYS = (
 class Setup:
     trainer: Any
     scores: PairScores
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose by sharing the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
