@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/dpo-fast demo --output demo --overwrite
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -22,7 +22,7 @@ benchmark: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,trl,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,peft,trl,dev]'
 	touch $(INSTALLED)
 
 clean:

@@ -2,15 +2,20 @@
 
 BUNDLE/
 bundle.json                 this file's `Manifest`
-policy.onnx reference.onnx  graphs of a few MB
-policy/ reference/          ordinary Transformers folders
+policy.onnx reference.onnx  the exact graphs, a few MB each, in float32
+policy.RECIPE.onnx …        the graph that the recipe's engine runs, where it is another
+policy/ reference/          ordinary Transformers (or PEFT) folders
+base/                       the weights beneath an adapter, where the reference is not the base itself
+engines/RECIPE/             quantised weights
 """
 
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from dpo_fast.batches import LAYOUTS, Layout
@@ -18,7 +23,7 @@ from dpo_fast.errors import BundleError
 from dpo_fast.files import sha256, write_json
 
 MANIFEST = "bundle.json"
-FORMAT = 1
+FORMAT = 2
 POLICY, REFERENCE = "policy", "reference"
 ROLES = (POLICY, REFERENCE)
 # The model card is written again after each evaluation, and the manifest cannot hold its own hash; everything else
@@ -38,10 +43,16 @@ class ModelEntry:
         stored_dtypes: safetensors' names, such as ["BF16"].
         parameters: number of stored elements.
         vocabulary: rows of the embedding.
+        hidden, layers, heads: width of a state, layers of the decoder, query heads of a layer; None if not known.
         max_positions: longest sequence in tokens that the model has positions for, or None.
-        graph: the graph's file.
+        graph: the exact graph's file.
+        engine_graph: the file of the graph that the recipe's engine runs; `graph` itself where nothing is converted.
+        weights: the folders and files whose tensors decide this role's scores, such as ["reference", "policy"].
+        adapter_gates: what turns the graph's adapters on (1) or off (0) for this role, or None where it has none.
         layout: "shared" or "plain"; what the self-check found to be exact.
         self_check: its figures, or None when it was left out on request.
+        engine_check: how far the engine's graph is from the exact one, or None where they are the same graph or the
+            engine's cannot run here.
     """
 
     source: str
@@ -51,10 +62,17 @@ class ModelEntry:
     stored_dtypes: list[str]
     parameters: int
     vocabulary: int
+    hidden: int | None
+    layers: int | None
+    heads: int | None
     max_positions: int | None
     graph: str
+    engine_graph: str
+    weights: list[str]
+    adapter_gates: list[float] | None
     layout: Layout
     self_check: dict[str, Any] | None
+    engine_check: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +112,12 @@ class Bundle:
         return REFERENCE in self.manifest.models
 
     def graph(self, role: str) -> Path:
-        """A role's graph."""
+        """A role's exact graph."""
         return self.folder / self.manifest.models[role].graph
+
+    def engine_graph(self, role: str) -> Path:
+        """The graph of a role that the recipe's engine runs."""
+        return self.folder / self.manifest.models[role].engine_graph
 
     def model_folder(self, role: str) -> Path:
         """A role's Transformers folder."""
@@ -108,13 +130,13 @@ class Bundle:
         return reference.source if reference is not None and reference.revision is not None else None
 
     def role_hashes(self, role: str) -> list[str]:
-        """The SHA-256 of all that decides a role's scores: the graph's and every weight file's."""
+        """The SHA-256 of all that decides a role's scores: of the engine's graph and of every weight file."""
         entry = self.manifest.models[role]
-        files = self.manifest.files
         return [
-            files[name]["sha256"]
-            for name in sorted(files)
-            if name == entry.graph or (name.startswith(f"{role}/") and name.endswith(".safetensors"))
+            self.manifest.files[name]["sha256"]
+            for name in sorted(self.manifest.files)
+            if name == entry.engine_graph
+            or (name.endswith(".safetensors") and any(name == w or name.startswith(f"{w}/") for w in entry.weights))
         ]
 
     def verify(self) -> None:
@@ -161,7 +183,7 @@ def open_bundle(folder: Path) -> Bundle:
             )
         models = {role: ModelEntry(**entry) for role, entry in value.pop("models").items()}
         manifest = Manifest(models=models, **value)
-        names = [*manifest.files, *(entry.graph for entry in models.values())]
+        names = [*manifest.files, *(name for entry in models.values() for name in (entry.graph, entry.engine_graph))]
         layouts = {entry.layout for entry in models.values()}
         _check_kinds(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -191,25 +213,35 @@ def _check_kinds(manifest: Manifest) -> None:
     numbers += [model.max_positions for model in models if model.max_positions is not None]
     numbers += [file["bytes"] for file in files]
     texts = [recipe["name"], recipe["engine"], *(file["sha256"] for file in files)]
-    texts += [text for model in models for text in (model.source, model.graph, model.layout)]
+    texts += [text for model in models for text in (model.source, model.graph, model.engine_graph, model.layout)]
+    texts += [name for model in models for name in model.weights]
     for value in numbers:
         if type(value) is not int:
             raise TypeError(f"{value!r} instead of a whole number")
+    for gates in (model.adapter_gates for model in models):
+        if gates is not None and not all(type(gate) in (int, float) for gate in gates):
+            raise TypeError(f"{gates!r} instead of a list of numbers")
     for value in texts:
         if not isinstance(value, str):
             raise TypeError(f"{value!r} instead of a text")
 
 
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a bundle that evaluations leave alone, by path."""
+def hash_files(folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a bundle that evaluations leave alone, by path.
+
+    Args:
+        folder: the bundle's.
+        known: what has been hashed already, and is not read again.
+    """
     paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    def describe(name: str) -> dict[str, Any]:
+        path = folder / name
+        return known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
     names = sorted(paths - UNTRACKED)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        hashes = threads.map(lambda name: sha256(folder / name), names)
-        return {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, hashes, strict=True)
-        }
+        return dict(zip(names, threads.map(describe, names), strict=True))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

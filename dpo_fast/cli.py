@@ -40,6 +40,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings along.")
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Data set for the scales of activations; recipes in fp8 need it.", show_default=False),
+]
+NoSelfCheck = Annotated[bool, typer.Option("--no-self-check", help="Do not compare the graphs with PyTorch.")]
+Link = Annotated[bool, typer.Option("--link", help="Hard-link the weights into the bundle instead of copying them.")]
 
 
 def show_version(wanted: bool) -> None:
@@ -60,11 +66,20 @@ def options_of_all(
 
 @app.command("export")
 def export_command(
-    policy: Annotated[str, typer.Option(help="The trained model: local folder or Hub id.", show_default=False)],
-    reference: Annotated[
-        str, typer.Option(help="The model it was trained from: local folder, Hub id, or none.", show_default=False)
+    policy: Annotated[
+        str, typer.Option(help="The trained model or PEFT adapter: local folder or Hub id.", show_default=False)
     ],
     output: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="The model it was trained from: local folder, Hub id, none, or base: what an adapter was trained on."
+        ),
+    ] = "base",
+    base: Annotated[
+        str | None,
+        typer.Option(help="An adapter's base model, if it is not where adapter_config.json says.", show_default=False),
+    ] = None,
     policy_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     reference_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     recipe: Annotated[str, typer.Option(help="What to make it for: a shipped recipe, or a TOML file.")] = DEFAULT,
@@ -79,9 +94,9 @@ def export_command(
         LayoutChoice, typer.Option(help="Whether completions share their prompt's computation.")
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    no_self_check: Annotated[
-        bool, typer.Option("--no-self-check", help="Do not compare the graphs with PyTorch.")
-    ] = False,
+    calibration: Calibration = None,
+    no_self_check: NoSelfCheck = False,
+    link: Link = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -95,7 +110,10 @@ def export_command(
         recipe=recipe,
         max_length=max_length,
         layout=None if layout == "auto" else layout,
+        calibration=calibration,
         self_check=not no_self_check,
+        link=link,
+        base=base,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
@@ -106,6 +124,44 @@ def export_command(
         _print_json(json.loads((output / MANIFEST).read_text(encoding="utf-8")))
     else:
         typer.echo(f"bundle: {output}")
+
+
+@app.command("refit")
+def refit_command(
+    bundle: BundleArgument,
+    policy: Annotated[
+        str, typer.Option(help="The new checkpoint, of the same architecture: folder or Hub id.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The bundle to write; the old one is replaced if left out.", show_default=False)
+    ] = None,
+    policy_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    calibration: Calibration = None,
+    no_self_check: NoSelfCheck = False,
+    link: Link = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a new checkpoint of the policy into a bundle: nothing is traced again."""
+    from dpo_fast.bundle import MANIFEST
+    from dpo_fast.export.refit import RefitOptions, refit
+
+    if output is None and overwrite:
+        raise UsageError("--overwrite goes with --output; without it the bundle itself is replaced")
+    options = RefitOptions(
+        policy_revision=policy_revision,
+        calibration=calibration,
+        self_check=not no_self_check,
+        link=link,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
+    written = refit(bundle, policy, output, options, _say)
+    if as_json:
+        _print_json(json.loads((written / MANIFEST).read_text(encoding="utf-8")))
+    else:
+        typer.echo(f"bundle: {written}")
 
 
 @app.command("evaluate")

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_fast.batches import Batch
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
-from dpo_fast.engines import open_engine
+from dpo_fast.engines import open_engine, open_engines
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError, DatasetError, InputError, OutputExistsError, UsageError
 from dpo_fast.files import make_folder, storage_errors, write_json, write_text
@@ -115,7 +115,7 @@ def evaluate(
     # Loading and hashing release the interpreter, so they go on while the rows are read and tokenised.
     with ThreadPoolExecutor() as threads:
         verified = threads.submit(opened.verify)
-        loading = {role: threads.submit(engine, opened, role) for role in roles}
+        loading = threads.submit(open_engines, opened, roles, engine)
         started = time.perf_counter()
         preferences = load_preferences(dataset, split=options.split, limit=options.limit, group_by=options.group_by)
         try:
@@ -126,7 +126,7 @@ def evaluate(
         tokenize_seconds = time.perf_counter() - started
         started = time.perf_counter()
         verified.result()
-        engines = {role: opening.result() for role, opening in loading.items()}
+        engines = loading.result()
         load_seconds = time.perf_counter() - started
 
     started = time.perf_counter()

@@ -3,25 +3,51 @@
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dpo_fast.errors import UsageError
 
 DEFAULT = "cpu-fp32"
-# What each engine can run, by precision.
-ENGINES = {"onnxruntime": ("fp32",)}
+# The precisions that each engine runs, and the keys that belong to each, with the values that they take.
+ENGINES: dict[str, dict[str, dict[str, tuple[str | int | bool, ...]]]] = {
+    "onnxruntime": {
+        "fp32": {},
+        "int8": {"head_precision": ("fp32", "int8"), "reduce_range": (False, True)},
+        "int4": {
+            "head_precision": ("fp32", "int4"),
+            "block_size": (16, 32, 64, 128, 256),
+            "symmetric": (False, True),
+        },
+    },
+    "onnxruntime-cuda": {
+        "fp16": {"head_precision": ("fp32", "fp16")},
+        "bf16": {"head_precision": ("fp32", "bf16")},
+    },
+    "openvino": {"fp32": {}, "bf16": {}, "int8": {"head_precision": ("fp32", "int8")}},
+    "tensorrt": {
+        "fp16": {"head_precision": ("fp32", "fp16")},
+        "fp8": {"head_precision": ("fp32", "fp16")},
+    },
+}
+# What every recipe has, and of which kind.
+COMMON = {"description": str, "engine": str, "precision": str, "vocabulary_tile": int, "token_budget": int}
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe's keys.
+    """A recipe's keys; those that do not belong to its precision have their defaults.
 
     Attributes:
         name: the file's name without its suffix.
         description: one line for people.
         engine: a key of `ENGINES`.
-        precision: one of the engine's.
+        precision: of the matrix products; one of the engine's.
         vocabulary_tile: columns of the vocabulary that the head computes at a time.
         token_budget: tokens of a batch, padding included.
+        head_precision: of the head's matrix product.
+        reduce_range: whether int8 weights have 7 bits, for processors that add pairs of products in 16 bits.
+        block_size: entries of a column that share an int4 scale.
+        symmetric: whether int4 levels lie around zero, or between a block's smallest and largest entry.
     """
 
     name: str
@@ -30,6 +56,10 @@ class Recipe:
     precision: str
     vocabulary_tile: int
     token_budget: int
+    head_precision: str = "fp32"
+    reduce_range: bool | None = None
+    block_size: int | None = None
+    symmetric: bool | None = None
 
 
 def recipe_folder() -> Path:
@@ -43,7 +73,7 @@ def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or any by file.
 
     Raises:
-        UsageError: it does not exist, a key is unknown or missing, or the engine cannot run it.
+        UsageError: it does not exist, a key is unknown, missing or of no use, or the engine cannot run it.
     """
     shipped = {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
     path = shipped.get(name, Path(name))
@@ -53,24 +83,46 @@ def load_recipe(name: str) -> Recipe:
         keys = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is no TOML: {error}") from error
-    known = {field.name: field.type for field in fields(Recipe) if field.name != "name"}
+    _check_common(path, keys)
+    own = ENGINES[keys["engine"]][keys["precision"]]
+    for key in keys:
+        if key not in COMMON and key not in own:
+            use = f"which takes {', '.join(own)}" if own else "which takes none of its own"
+            raise UsageError(
+                f"{path}: the key {key!r} is of no use for {keys['engine']} in {keys['precision']}, {use}; leave it out"
+            )
+    for key, choices in own.items():
+        if key not in keys:
+            raise UsageError(f"{path}: the key {key!r} is missing; choose from {_listed(choices)}")
+        # Kinds are compared too: in Python, true is 1.
+        if not any(type(keys[key]) is type(choice) and keys[key] == choice for choice in choices):
+            raise UsageError(f"{path}: {key} = {keys[key]!r} is not possible; choose from {_listed(choices)}")
+    return Recipe(name=path.stem, **keys)
+
+
+def _check_common(path: Path, keys: dict[str, Any]) -> None:
+    """Refuse keys that no recipe has, and what every recipe must have but this one does not."""
+    known = [field.name for field in fields(Recipe) if field.name != "name"]
     for key in keys:
         if key not in known:
             raise UsageError(f"{path}: the key {key!r} is not known; a recipe has {', '.join(known)}")
-    for key, kind in known.items():
+    for key, kind in COMMON.items():
         if key not in keys:
-            raise UsageError(f"{path}: the key {key!r} is missing; a recipe has {', '.join(known)}")
+            raise UsageError(f"{path}: the key {key!r} is missing; a recipe has {', '.join(COMMON)}")
         if type(keys[key]) is not kind:
             raise UsageError(f"{path}: {key} = {keys[key]!r} must be {'a whole number' if kind is int else 'text'}")
-    recipe = Recipe(name=path.stem, **keys)
-    if recipe.engine not in ENGINES:
-        raise UsageError(f"{path}: engine = {recipe.engine!r} is not known; choose from {', '.join(ENGINES)}")
-    if recipe.precision not in ENGINES[recipe.engine]:
+    engine, precision = keys["engine"], keys["precision"]
+    if engine not in ENGINES:
+        raise UsageError(f"{path}: engine = {engine!r} is not known; choose from {', '.join(ENGINES)}")
+    if precision not in ENGINES[engine]:
         raise UsageError(
-            f"{path}: {recipe.engine} cannot run precision = {recipe.precision!r}; "
-            f"choose from {', '.join(ENGINES[recipe.engine])}"
+            f"{path}: {engine} cannot run precision = {precision!r}; choose from {', '.join(ENGINES[engine])}"
         )
     for key in ("vocabulary_tile", "token_budget"):
         if keys[key] < 1:
             raise UsageError(f"{path}: {key} = {keys[key]} must be at least 1")
-    return recipe
+
+
+def _listed(choices: tuple[str | int | bool, ...]) -> str:
+    """Values as TOML writes them."""
+    return ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)

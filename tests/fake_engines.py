@@ -101,7 +101,9 @@ def make_fake_bundle(
         (folder / role / "config.json").write_text('{"model_type": "llama"}')
         models[role] = ModelEntry(
             source=role, revision=None, architecture="LlamaForCausalLM", model_type="llama", stored_dtypes=["F32"],
-            parameters=1, vocabulary=500, max_positions=256, graph=f"{role}.onnx", layout=layout, self_check=None,
+            parameters=1, vocabulary=500, hidden=32, layers=2, heads=4, max_positions=256, graph=f"{role}.onnx",
+            engine_graph=f"{role}.onnx", weights=[role], adapter_gates=None, layout=layout, self_check=None,
+            engine_check=None,
         )  # fmt: skip
     byte_bpe().save_pretrained(folder / POLICY)
     manifest = Manifest(

@@ -116,7 +116,7 @@ def test_a_subprocess_exits_with_the_same_code(tmp_path: Path) -> None:
     assert_refused(Result(done.returncode, done.stdout, done.stderr), "nowhere: no such bundle")
 
     done = python("-m", "dpo_fast.export", "--policy", "nowhere")
-    assert_refused(Result(done.returncode, done.stdout, done.stderr), "--reference", "dpo-fast export --help")
+    assert_refused(Result(done.returncode, done.stdout, done.stderr), "--output", "dpo-fast export --help")
 
 
 # Bad input.

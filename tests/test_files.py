@@ -1,6 +1,7 @@
 """Writing that shows all or nothing, and what a disk says, in our words."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_fast import files
 from dpo_fast.errors import OutputExistsError, StorageError
-from dpo_fast.files import new_folder, sha256, storage_errors, write_json, write_text
+from dpo_fast.files import copy_file, new_folder, sha256, storage_errors, write_json, write_text
 
 MARKER = "bundle.json"
 
@@ -236,3 +238,71 @@ def test_sha256(tmp_path: Path) -> None:
     """Of "abc": FIPS 180-4's example."""
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def sparse(path: Path) -> bytes:
+    """A file of 8 MiB with data in two places, and holes elsewhere; its content."""
+    with path.open("wb") as file:
+        file.seek(1 << 20)
+        file.write(b"one" * 5000)
+        file.seek(5 << 20)
+        file.write(b"two" * 5000)
+        file.truncate(8 << 20)
+    return path.read_bytes()
+
+
+def test_a_copys_holes_stay_holes(tmp_path: Path) -> None:
+    content = sparse(tmp_path / "source")
+    copy_file(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert (tmp_path / "copy").stat().st_blocks * 512 < 1 << 20
+    assert (tmp_path / "copy").stat().st_ino != (tmp_path / "source").stat().st_ino
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"0123456789" * 100_000])
+def test_a_copy_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Whatever sendfile takes at once."""
+    monkeypatch.setattr(files, "COPY_CHUNK", 4097)
+    (tmp_path / "source").write_bytes(content)
+    copy_file(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+
+
+def test_a_link_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a copy where the file system makes none."""
+    (tmp_path / "source").write_bytes(b"weights")
+    copy_file(tmp_path / "source", tmp_path / "link", link=True)
+    assert (tmp_path / "link").samefile(tmp_path / "source")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    copy_file(tmp_path / "source", tmp_path / "copy", link=True)
+    assert (tmp_path / "copy").read_bytes() == b"weights"
+    assert not (tmp_path / "copy").samefile(tmp_path / "source")
+
+
+def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system is asked to clone before a byte is read; what it cloned is not copied again."""
+    asked = []
+
+    def clone(target: int, request: int, source: int) -> int:
+        asked.append(request)
+        os.write(target, b"cloned")
+        assert os.fstat(source).st_size == 8 << 20
+        return 0
+
+    sparse(tmp_path / "source")
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    copy_file(tmp_path / "source", tmp_path / "copy")
+    assert asked == [0x40049409], "FICLONE, linux/fs.h: _IOW(0x94, 9, int)"
+    assert (tmp_path / "copy").read_bytes() == b"cloned"
+
+
+def test_a_copy_never_writes_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"new")
+    (tmp_path / "copy").write_bytes(b"old")
+    with pytest.raises(StorageError):
+        copy_file(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"old"

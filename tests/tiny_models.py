@@ -34,12 +34,121 @@ _DECODER = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+# One expert layer of four experts, two for each token, under the names that most families use.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+# A sliding layer, then a full one.
+_WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_LATENT = {  # MLA: keys and values from one small vector, heads of values of another size
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+_DELTA_RULE = {
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+# Chunks shorter than the sequences, and no divisor of their lengths.
+_STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **_SPECIAL_TOKENS}
+_MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, **_SPECIAL_TOKENS}
+# What a family needs beside _DECODER; all that it takes, where it has names of its own (there is a vocab_size).
 _SIZES: dict[str, dict[str, Any]] = {
+    "bamba": {**_STATE_SPACE, "attn_layer_indices": [1]},
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_SPECIAL_TOKENS},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "cohere2": _WINDOWED,
+    "deepseek_v2": {**_ROUTED_EXPERTS, **_LATENT, "topk_method": "group_limited_greedy", "n_shared_experts": 1},
+    "deepseek_v3": {**_ROUTED_EXPERTS, **_LATENT, "n_shared_experts": 1},
+    "exaone4": _WINDOWED,
+    "falcon_h1": {**_STATE_SPACE, "mamba_d_ssm": 32, "mamba_d_head": 8, "head_dim": 8},
+    "falcon_mamba": {**_MAMBA, "state_size": 4},
+    "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
-    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "opt": {**_DECODER, "word_embed_proj_dim": 32, "ffn_dim": 64},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWED},
+    "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": 256,
+        **_SPECIAL_TOKENS,
+    },
+    "gpt_oss": {**_LOCAL_EXPERTS, **_WINDOWED, "head_dim": 8},
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "granitemoe": _LOCAL_EXPERTS,
+    "jamba": {
+        **_LOCAL_EXPERTS,
+        "num_experts": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "llama4_text": {
+        **_LOCAL_EXPERTS,
+        "num_experts_per_tok": 1,
+        "head_dim": 8,
+        "intermediate_size_mlp": 64,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+    },
+    "mamba": {**_MAMBA, "state_size": 4},
+    "mamba2": {**_MAMBA, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
+    "ministral": {**_WINDOWED, "head_dim": 8},
     "mistral": {"sliding_window": 8},
+    "mixtral": _LOCAL_EXPERTS,
+    "mpt": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 256,
+        "expansion_ratio": 2,
+        **_SPECIAL_TOKENS,
+    },
+    "olmo3": _WINDOWED,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {**_DECODER, "word_embed_proj_dim": 32, "ffn_dim": 64},
+    "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3": {"head_dim": 8},
+    "qwen3_5_text": _DELTA_RULE,
+    "qwen3_moe": {**_EXPERTS, "head_dim": 8, "norm_topk_prob": True},
+    "qwen3_next": {**_EXPERTS, **_DELTA_RULE, "shared_expert_intermediate_size": 16},
+    "seed_oss": {"head_dim": 8},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "starcoder2": {"sliding_window": 8},
 }
 
 

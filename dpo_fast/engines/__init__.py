@@ -1,20 +1,80 @@
 """Inference engines: each turns a batch into per-token scores."""
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError
 
 
 def open_engine(bundle: Bundle, role: str) -> Engine:
-    """Load a role's graph on the engine that the bundle's recipe names.
+    """Load the graph of a role that the bundle's recipe was made for.
 
     Raises:
         BundleError: the recipe's engine is not known, or cannot load the graph.
         MissingDependencyError: the engine's package is not installed.
     """
-    engine = bundle.manifest.recipe["engine"]
-    if engine != "onnxruntime":
-        raise BundleError(f"{bundle.folder}: is made for the engine {engine!r}, which this version does not have")
-    from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
+    recipe = bundle.manifest.recipe
+    gates = bundle.manifest.models[role].adapter_gates
+    return load_engine(recipe["engine"], recipe["precision"], bundle.engine_graph(role), gates)
 
-    return OnnxRuntimeEngine(bundle.graph(role))
+
+def load_engine(engine: str, precision: str, graph: Path, gates: Sequence[float] | None = None) -> Engine:
+    """Load a graph on an engine.
+
+    Args:
+        engine: a recipe's.
+        precision: a recipe's.
+        graph: the .onnx file.
+        gates: one for each adapter in the graph: 1 turns it on, 0 off; None for a graph without adapters.
+
+    Raises:
+        BundleError: the engine is not known, or cannot load the graph.
+        MissingDependencyError: the engine's package is not installed.
+    """
+    if engine == "onnxruntime":
+        from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(graph, precision=precision, gates=gates)
+    if engine == "onnxruntime-cuda":
+        from dpo_fast.engines.onnxruntime import CUDA, OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(graph, precision=precision, gates=gates, provider=CUDA)
+    if engine == "openvino":
+        from dpo_fast.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(graph, precision=precision, gates=gates)
+    if engine == "tensorrt":
+        raise BundleError(
+            f"{graph}: is what a TensorRT engine is built from, which this version does not run; "
+            "export with a recipe such as cpu-fp32 to evaluate"
+        )
+    raise BundleError(f"{graph}: is made for the engine {engine!r}, which this version does not have")
+
+
+def open_engines(
+    bundle: Bundle, roles: Sequence[str], open_one: Callable[[Bundle, str], Engine] = open_engine
+) -> dict[str, Engine]:
+    """Load the engines of several roles side by side; roles of one graph, an adapter's and its base's, share it.
+
+    Args:
+        bundle: whose graphs are loaded.
+        roles: "policy", "reference".
+        open_one: loads a role's engine.
+
+    Raises:
+        BundleError: as `open_engine`.
+        MissingDependencyError: as `open_engine`.
+    """
+    models = bundle.manifest.models
+    first = {models[role].engine_graph: role for role in reversed(roles)}
+    with ThreadPoolExecutor(len(first)) as threads:  # loading releases the interpreter
+        loaded = dict(zip(first, threads.map(lambda role: open_one(bundle, role), first.values()), strict=True))
+    engines = {}
+    for role in roles:
+        engine = loaded[models[role].engine_graph]
+        shares = role != first[models[role].engine_graph]
+        engines[role] = engine.with_gates(models[role].adapter_gates or ()) if shares else engine
+    return engines

@@ -1,5 +1,6 @@
 """What an engine is: something that scores a batch."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from dpo_fast.batches import Batch
@@ -19,4 +20,8 @@ class Engine(Protocol):
 
     def score(self, batch: Batch) -> TokenScores:
         """Score a batch's N targets; the result is checked by `dpo_fast.scores`, not here."""
+        ...
+
+    def with_gates(self, gates: Sequence[float]) -> "Engine":
+        """The same loaded weights with other adapters turned on: 1 on, 0 off, in the graph's order."""
         ...

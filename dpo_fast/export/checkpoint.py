@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import re
-import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,23 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.errors import CheckpointError
+from dpo_fast.files import copy_file
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 # What makes an ordinary Transformers folder. Pickles, optimizer states and logs stay behind.
 FOLDER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "*.tiktoken")
 CODE_PATTERNS = ("*.py",)
+# The files of a tokenizer, which an adapter's folder may lack.
+TOKENIZER_PATTERNS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+                      "chat_template.*", "*.tiktoken", "*.model")  # fmt: skip
 TRAINING_FILES = frozenset({"trainer_state.json", "training_args.json", "optimizer.json"})
 # safetensors' names of the dtypes that can be read by reference, with their size in bytes.
 FLOAT_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
-# Elements whose bits are looked at together when weights are searched for NaN: bounds the memory, 64 MiB of float32.
-FINITE_CHUNK = 1 << 24
+# The integer of a float's size, and the bits of its exponent.
+EXPONENTS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+FINITE_CHUNK = 1 << 18  # elements that are looked at together when weights are searched for NaN
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
 
 
@@ -47,7 +54,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A Transformers folder whose weights are safetensors.
+    """A Transformers or PEFT folder whose weights are safetensors.
 
     Attributes:
         folder: where it lies on this machine.
@@ -66,6 +73,11 @@ class Checkpoint:
         """Names of the safetensors files, sorted."""
         return sorted({tensor.file for tensor in self.tensors.values()})
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT folder: an adapter of a base model that lies elsewhere."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
 
 def open_checkpoint(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
     """Find a checkpoint by local folder or Hub id, and read what its safetensors hold.
@@ -76,7 +88,7 @@ def open_checkpoint(name: str, revision: str | None = None, *, trust_remote_code
         trust_remote_code: whether Python files of the checkpoint are taken along.
 
     Raises:
-        CheckpointError: it does not exist, is no Transformers folder, holds pickles only, or a file is damaged.
+        CheckpointError: it does not exist, is no Transformers or PEFT folder, holds pickles only, or a file is damaged.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -88,12 +100,9 @@ def open_checkpoint(name: str, revision: str | None = None, *, trust_remote_code
     else:
         folder, revision = _download(name, revision, trust_remote_code)
         source = name
-    # Beside a config.json too: Transformers would load the adapter's base model instead of the weights that lie here.
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{name}: is a PEFT adapter; merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        )
+    # Beside a config.json too: Transformers would load the adapter, and not other weights that lie here.
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Checkpoint(folder, source, revision, read_adapter_tensors(folder))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: holds no config.json, so it is no Transformers folder")
     return Checkpoint(folder, source, revision, read_tensors(folder))
@@ -142,6 +151,18 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     if missing:
         raise CheckpointError(f"{folder}: {INDEX_FILE} promises the tensor {missing[0]!r}, which no shard holds")
     return tensors
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a PEFT folder's adapter by name, with the header checked against the file's size."""
+    if not (folder / ADAPTER_FILE).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise CheckpointError(
+            f"{folder}: holds {ADAPTER_CONFIG} and no {ADAPTER_FILE}"
+            + ", only adapter_model.bin, a pickle, which can run code when it is loaded" * pickled
+            + "; save the adapter with PEFT's save_pretrained, which writes safetensors"
+        )
+    return _read_header(folder / ADAPTER_FILE)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -208,21 +229,36 @@ def check_finite(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: with the tensor, the position and the file.
     """
-    exponents = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype not in exponents or tensor.length == 0:
-            continue
-        bits, exponent = exponents[tensor.dtype]
-        stored = _stored_bytes(checkpoint, tensor)
-        values = stored.view(bits) if tensor.offset % np.dtype(bits).itemsize == 0 else np.array(stored).view(bits)
-        for start in range(0, values.size, FINITE_CHUNK):
-            bad = (values[start : start + FINITE_CHUNK] & exponent) == exponent
-            if bad.any():
-                position = np.unravel_index(start + int(bad.argmax()), tensor.shape)
+    # Reading and comparing release the interpreter, so tensors are searched side by side.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for _ in threads.map(lambda name: _check_finite(checkpoint, name), checkpoint.tensors):
+            pass
+
+
+def _check_finite(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse one tensor, as `check_finite` does."""
+    tensor = checkpoint.tensors[name]
+    if tensor.dtype not in EXPONENTS:
+        return
+    bits, exponent = EXPONENTS[tensor.dtype]
+    # Read, not mapped: mapped pages would count as this process's memory. Chunks stay in the processor's cache.
+    chunk, exponents = np.empty(FINITE_CHUNK, bits), np.empty(FINITE_CHUNK, bits)
+    remaining = tensor.length // chunk.itemsize
+    with (checkpoint.folder / tensor.file).open("rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        while remaining:
+            count = file.readinto(chunk[: min(remaining, FINITE_CHUNK)].data.cast("B")) // chunk.itemsize
+            if not count:
+                raise CheckpointError(f"{checkpoint.folder / tensor.file}: became shorter while it was read; try again")
+            found = np.bitwise_and(chunk[:count], exponent, out=exponents[:count])
+            if found.max() == exponent:
+                start = tensor.length // chunk.itemsize - remaining
+                position = np.unravel_index(start + int((found == exponent).argmax()), tensor.shape)
                 raise CheckpointError(
                     f"{checkpoint.folder / tensor.file}: the tensor {name!r} is NaN or infinite at "
                     f"{[int(i) for i in position]}; export a checkpoint whose training did not diverge"
                 )
+            remaining -= count
 
 
 def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -257,22 +293,25 @@ def folder_files(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator
         yield checkpoint.folder / name
 
 
-def copy_folder(checkpoint: Checkpoint, target: Path, *, trust_remote_code: bool) -> None:
+def copy_folder(checkpoint: Checkpoint, target: Path, *, trust_remote_code: bool, link: bool = False) -> None:
     """Copy a checkpoint's files, bit for bit.
 
     The Hub's cache never changes a file in place, so its blobs are hard-linked where the disk allows; a local folder
-    may be written over by the next training run, so it is copied. Symbolic links are never made: engines refuse them.
+    may be written over by the next training run, so it is copied, unless `link` says that its weights will stay as
+    they are. Symbolic links are never made: engines refuse them.
     """
     target.mkdir(parents=True)
+    from_hub, weights = checkpoint.revision is not None, set(checkpoint.weight_files)
     for source in folder_files(checkpoint, trust_remote_code=trust_remote_code):
-        actual = source.resolve()
-        if checkpoint.revision is not None:
-            try:
-                (target / source.name).hardlink_to(actual)
-                continue
-            except OSError:
-                pass  # another file system: copy below
-        shutil.copyfile(actual, target / source.name)
+        copy_file(source.resolve(), target / source.name, link=from_hub or (link and source.name in weights))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a folder's tokenizer, without what the target has."""
+    for pattern in TOKENIZER_PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            if not (target / path.name).exists():
+                copy_file(path.resolve(), target / path.name)
 
 
 def _download(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str]:

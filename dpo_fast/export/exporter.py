@@ -1,6 +1,5 @@
 """From a policy and its reference to a bundle: check, copy, trace, bind, compare with PyTorch, and only then keep."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,27 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig, PretrainedConfig
 
 from dpo_fast.batches import Layout
 from dpo_fast.bundle import FORMAT, MANIFEST, POLICY, REFERENCE, Manifest, ModelEntry, hash_files, write_manifest
-from dpo_fast.errors import CheckpointError, UsageError
-from dpo_fast.export import checkpoint, graph, weights
-from dpo_fast.export.checkpoint import Checkpoint, open_checkpoint
-from dpo_fast.export.self_check import SelfCheck, self_check
+from dpo_fast.export.adapter_roles import BASE, TRAINED_FROM, find_trained_from, open_roles
+from dpo_fast.export.calibration import read_calibration
+from dpo_fast.export.checkpoint import ADAPTER_FILE, Checkpoint, copy_folder, copy_tokenizer
+from dpo_fast.export.engine_graphs import make_engine_graphs
+from dpo_fast.export.graph import INPUTS, trace
+from dpo_fast.export.head import OUTPUTS
+from dpo_fast.export.probes import make_probes
+from dpo_fast.export.roles import (
+    RoleModel,
+    architecture,
+    check_same_language,
+    check_tokenizer,
+    choose_max_length,
+)
+from dpo_fast.export.self_check import SelfCheck, check_mixed_rows, self_check
+from dpo_fast.export.weights import bind
 from dpo_fast.files import new_folder
 from dpo_fast.provenance import versions
-from dpo_fast.publish.card import write_card
+from dpo_fast.publish.card import start_card
 from dpo_fast.recipes import DEFAULT, load_recipe
-from dpo_fast.tokens import load_tokenizer
 
-DEFAULT_MAX_LENGTH = 1024  # tokens; TRL's default (trl/trainer/dpo_config.py)
 PACKAGES = ("dpo-fast", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
-# What a configuration says of where a checkpoint came from and how it was stored, not of its graph.
-PROVENANCE_KEYS = frozenset(
-    {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation", "pad_token_id",
-     "bos_token_id", "eos_token_id", "use_cache", "architectures"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,32 +40,29 @@ class ExportOptions:
 
     Attributes:
         policy_revision, reference_revision: branch, tag or commit of a Hub id.
+        base: an adapter's base model, where it is not the one that its adapter_config.json names.
         recipe: a shipped recipe's name, or a file.
         max_length: default truncation of evaluations in tokens; None takes 1024, or fewer where the model has fewer
             positions.
         layout: "shared", "plain", or None to let the self-check choose.
+        calibration: data set whose first pairs the scales of activations are chosen from, for recipes that need it.
         self_check: whether the graphs are compared with PyTorch.
+        link: whether weights are hard-linked into the bundle instead of copied, where the disk allows.
         trust_remote_code: whether the checkpoints' own Python code may be run.
         overwrite: whether an existing output is replaced.
     """
 
     policy_revision: str | None = None
     reference_revision: str | None = None
+    base: str | None = None
     recipe: str = DEFAULT
     max_length: int | None = None
     layout: Layout | None = None
+    calibration: str | None = None
     self_check: bool = True
+    link: bool = False
     trust_remote_code: bool = False
     overwrite: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A role's checkpoint, its configuration, and which stored tensor each parameter is."""
-
-    checkpoint: Checkpoint
-    config: PretrainedConfig
-    stored_names: dict[str, str]
 
 
 def export(
@@ -75,8 +75,9 @@ def export(
     """Export a policy and its reference as a bundle.
 
     Args:
-        policy: local folder or Hub id.
-        reference: local folder or Hub id; None for a bundle that scores without a reference.
+        policy: local folder or Hub id, of a model or a PEFT adapter.
+        reference: local folder or Hub id; "base" for what an adapter was trained from; None for a bundle that scores
+            without a reference.
         output: the bundle to write; nothing is left there if anything fails.
         options: see `ExportOptions`.
         report: called with a line at each step.
@@ -89,49 +90,66 @@ def export(
         SelfCheckError: a graph does not say what its PyTorch model says.
     """
     recipe = load_recipe(options.recipe)
-    if options.max_length is not None and options.max_length < 2:
-        raise UsageError(f"--max-length {options.max_length} leaves no room for a prompt and a completion")
+    trust = options.trust_remote_code
     with new_folder(output, overwrite=options.overwrite, marker=MANIFEST) as folder:
         report("checking the checkpoints")
-        models = {POLICY: _open(policy, options.policy_revision, options)}
-        if reference is not None:
-            models[REFERENCE] = _open(reference, options.reference_revision, options)
-            _check_same_language(models[POLICY], models[REFERENCE], options)
+        models = open_roles(
+            policy,
+            reference,
+            policy_revision=options.policy_revision,
+            reference_revision=options.reference_revision,
+            base=options.base,
+            trust_remote_code=trust,
+        )
+        if REFERENCE in models:
+            check_same_language(models[POLICY], models[REFERENCE], trust_remote_code=trust)
         else:
-            _check_tokenizer(models[POLICY], options)
-        max_length = _max_length(models, options)
+            check_tokenizer(models[POLICY], trust_remote_code=trust)
+        max_length = choose_max_length(models.values(), options.max_length)
+        calibration = read_calibration(
+            options.calibration, recipe, models[POLICY].tokenizer_folder, max_length, trust_remote_code=trust
+        )
 
         entries: dict[str, ModelEntry] = {}
-        traced: tuple[dict[str, Any], ir.Model] | None = None
         for role, model in models.items():
             report(f"{role}: copying {model.checkpoint.source}")
-            checkpoint.copy_folder(model.checkpoint, folder / role, trust_remote_code=options.trust_remote_code)
-            if role == POLICY:
-                _write_card(model.checkpoint, folder / role)
-            architecture = _architecture(model.config)
-            if traced is None or traced[0] != architecture:
+            _copy_role(role, model, folder, options)
+        traced: tuple[Any, ir.Model] | None = None
+        for role, model in models.items():
+            if traced is None or traced[0] != (architecture(model.config), model.adapters):
                 report(f"{role}: tracing {model.config.model_type}")
                 traced = (
-                    architecture,
-                    graph.trace(
+                    (architecture(model.config), model.adapters),
+                    trace(
                         model.config,
                         vocabulary_tile=recipe.vocabulary_tile,
-                        trust_remote_code=options.trust_remote_code,
+                        trust_remote_code=trust,
+                        adapters=model.adapters,
                     ),
                 )
-            bound = weights.bind(traced[1], model.checkpoint, model.stored_names, role)
-            ir.save(bound, folder / f"{role}.onnx")
+            if not (folder / model.graph).exists():
+                ir.save(bind(traced[1], model.bindings), folder / model.graph)
             checked: SelfCheck | None = None
             if options.self_check:
                 report(f"{role}: comparing the graph with PyTorch")
                 checked = self_check(
-                    folder / f"{role}.onnx",
+                    folder / model.graph,
                     folder / role,
                     layout=options.layout,
-                    trust_remote_code=options.trust_remote_code,
+                    trust_remote_code=trust,
+                    base=folder / str(model.base_folder) if model.checkpoint.is_adapter else None,
+                    gates=model.gates,
                 )
                 report(f"{role}: {checked}")
-            entries[role] = _entry(role, model, checked, options)
+            entries[role] = _entry(role, model, checked, options.layout)
+        if options.self_check and len(models) > len({model.graph for model in models.values()}):
+            report("comparing a batch of both roles")
+            gates = [list(model.gates or ()) for model in models.values()]
+            probes = make_probes(models[POLICY].sizes.vocabulary, positions=models[POLICY].sizes.positions)
+            check_mixed_rows(folder / models[POLICY].graph, probes, gates, entries[POLICY].layout)
+        entries = make_engine_graphs(
+            folder, entries, recipe, calibration=calibration, check=options.self_check, report=report
+        )
         report("hashing")
         write_manifest(
             folder,
@@ -140,8 +158,8 @@ def export(
                 versions=versions(PACKAGES),
                 recipe=asdict(recipe),
                 max_length=max_length,
-                inputs=graph.INPUTS,
-                outputs=list(graph.OUTPUTS),
+                inputs=INPUTS,
+                outputs=list(OUTPUTS),
                 models=entries,
                 files=hash_files(folder),
             ),
@@ -149,102 +167,28 @@ def export(
     return output
 
 
-def _write_card(source: Checkpoint, copy: Path) -> None:
-    """Make the policy's README.md a model card; one that cannot be kept is named where the user has it."""
-    try:
-        write_card(copy, None)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(copy), str(source.folder))) from error
+def _copy_role(role: str, model: RoleModel, folder: Path, options: ExportOptions) -> None:
+    """Copy a role's checkpoint into the bundle, and what an adapter needs beside it: its base, a tokenizer."""
+
+    def copy(checkpoint: Checkpoint, target: str) -> None:
+        copy_folder(checkpoint, folder / target, trust_remote_code=options.trust_remote_code, link=options.link)
+
+    copy(model.checkpoint, role)
+    if model.base_folder == BASE and not (folder / BASE).exists():
+        assert model.base is not None
+        copy(model.base, BASE)
+    if model.base is not None and model.tokenizer_folder != model.checkpoint.folder:
+        copy_tokenizer(model.base.folder, folder / role)
+    if model.checkpoint.is_adapter and (trained_from := find_trained_from(model.checkpoint)) is not None:
+        copy(trained_from, f"{role}/{TRAINED_FROM}")
+    if role == POLICY:
+        start_card(folder / role, model.checkpoint.folder)
 
 
-def _open(name: str, revision: str | None, options: ExportOptions) -> _Model:
-    """Find a checkpoint and refuse one that cannot be exported, before anything is traced or copied."""
-    found = open_checkpoint(name, revision, trust_remote_code=options.trust_remote_code)
-    try:
-        settings = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(
-            found.folder, local_files_only=True, trust_remote_code=options.trust_remote_code
-        )
-    except Exception as error:  # each architecture's configuration class refuses values in its own way
-        needs_code = "trust_remote_code" in str(error)
-        hint = "it brings its own Python code: read that, then say --trust-remote-code" if needs_code else error
-        raise CheckpointError(f"{name}: config.json cannot be used: {' '.join(str(hint).split())[:300]}") from error
-    if settings.get("quantization_config") is not None:
-        raise CheckpointError(f"{name}: is quantised already (quantization_config); export the original weights")
-    stored_names = weights.match_names(config, found, trust_remote_code=options.trust_remote_code)
-    checkpoint.check_finite(found)
-    return _Model(found, config, stored_names)
-
-
-def _architecture(config: PretrainedConfig) -> dict[str, Any]:
-    """What decides the graph: a configuration without its provenance."""
-    return {key: value for key, value in config.to_dict().items() if key not in PROVENANCE_KEYS}
-
-
-def _vocabulary(model: _Model) -> int:
-    """Rows of the embedding."""
-    return int(model.config.get_text_config().vocab_size)
-
-
-def _check_tokenizer(model: _Model, options: ExportOptions) -> dict[str, int]:
-    """The tokenizer's ids by token, refused if the model has no row for one of them."""
-    tokenizer = load_tokenizer(model.checkpoint.folder, trust_remote_code=options.trust_remote_code)
-    ids = tokenizer.get_vocab()
-    largest = max(ids.values(), default=-1)
-    if largest >= _vocabulary(model):
-        raise CheckpointError(
-            f"{model.checkpoint.source}: the tokenizer has the id {largest}, and the model's vocabulary ends at "
-            f"{_vocabulary(model) - 1}; is the tokenizer the model's own?"
-        )
-    return dict(ids)
-
-
-def _check_same_language(policy: _Model, reference: _Model, options: ExportOptions) -> None:
-    """Refuse a policy and a reference that do not speak of the same tokens.
-
-    A reference without a tokenizer of its own is read with the policy's, as TRL reads every reference.
-    """
-    if _vocabulary(policy) != _vocabulary(reference):
-        raise CheckpointError(
-            f"policy and reference have different vocabularies: {policy.checkpoint.source} {_vocabulary(policy)}, "
-            f"{reference.checkpoint.source} {_vocabulary(reference)}; the reference is the model that the policy was "
-            "trained from"
-        )
-    ids = _check_tokenizer(policy, options)
-    folder = reference.checkpoint.folder
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        return
-    others = _check_tokenizer(reference, options)
-    differing = sorted(token for token in ids.keys() | others.keys() if ids.get(token) != others.get(token))
-    if differing:
-        token = differing[0]
-        raise CheckpointError(
-            f"policy and reference have different tokenisers: {len(differing)} tokens differ, such as {token!r} "
-            f"({policy.checkpoint.source}: id {ids.get(token)}, {reference.checkpoint.source}: id {others.get(token)})"
-        )
-
-
-def _max_length(models: dict[str, _Model], options: ExportOptions) -> int:
-    """The bundle's truncation in tokens, within every model's positions."""
-    positions = [limit for model in models.values() if (limit := _positions(model.config)) is not None]
-    limit = min(positions, default=None)
-    wanted = options.max_length
-    if wanted is None:
-        return DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit)
-    if limit is not None and wanted > limit:
-        raise UsageError(f"--max-length {wanted}: the model has positions for {limit} tokens")
-    return wanted
-
-
-def _positions(config: PretrainedConfig) -> int | None:
-    """How many tokens a model has positions for, or None if it does not say."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if positions is None else int(positions)
-
-
-def _entry(role: str, model: _Model, checked: SelfCheck | None, options: ExportOptions) -> ModelEntry:
-    """A role's part of the manifest."""
-    tensors = model.checkpoint.tensors
+def _entry(role: str, model: RoleModel, checked: SelfCheck | None, layout: Layout | None) -> ModelEntry:
+    """A role's part of the manifest; its engine runs the exact graph unless the recipe makes another."""
+    beneath = model.base if model.checkpoint.is_adapter else None
+    tensors = [*model.checkpoint.tensors.values(), *(beneath.tensors.values() if beneath else ())]
     architectures = model.config.architectures
     named = architectures[0] if isinstance(architectures, list) and architectures else type(model.config).__name__
     return ModelEntry(
@@ -252,11 +196,18 @@ def _entry(role: str, model: _Model, checked: SelfCheck | None, options: ExportO
         revision=model.checkpoint.revision,
         architecture=str(named),
         model_type=model.config.model_type,
-        stored_dtypes=sorted({tensor.dtype for tensor in tensors.values()}),
-        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
-        vocabulary=_vocabulary(model),
-        max_positions=_positions(model.config),
-        graph=f"{role}.onnx",
-        layout=checked.layout if checked else options.layout or "shared",
+        stored_dtypes=sorted({tensor.dtype for tensor in tensors}),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        vocabulary=model.sizes.vocabulary,
+        hidden=model.sizes.hidden,
+        layers=model.sizes.layers,
+        heads=model.sizes.heads,
+        max_positions=model.sizes.positions,
+        graph=model.graph,
+        engine_graph=model.graph,
+        weights=[str(model.base_folder), f"{role}/{ADAPTER_FILE}"] if beneath else [role],
+        adapter_gates=None if model.gates is None else list(model.gates),
+        layout=checked.layout if checked else layout or "shared",
         self_check=checked.as_dict() if checked else None,
+        engine_check=None,
     )

@@ -12,7 +12,11 @@ what `dpo_fast.types.TokenScores` holds::
 A state sees itself, what precedes it in its own segment, and the prompt.
 """
 
+import copy
 import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -20,10 +24,21 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from onnxscript.optimizer import optimize_ir
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
+from transformers.exporters.utils import patch_attributes
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from dpo_fast.engines.onnxruntime import ADAPTER_GATES
 from dpo_fast.errors import CheckpointError
+from dpo_fast.export.adapters import AdaptedModules
+from dpo_fast.export.attention import ATTENTION, grouped_attention
+from dpo_fast.export.gated_layers import Gates, install
+from dpo_fast.export.head import score
+from dpo_fast.export.mixers import SCANS
+from dpo_fast.export.positions import ALIBI, alibi, alibi_slopes, keep_first_frequencies, longest_sequence, windows
+from dpo_fast.export.probes import LONGEST_WINDOW
 from dpo_fast.quiet import quiet
 
 INPUTS = {
@@ -33,44 +48,30 @@ INPUTS = {
     "target_index": ["N"],
     "target_ids": ["N"],
 }
-OUTPUTS = ("log_prob", "entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
 
 # Constants up to this many elements are folded into the graph; parameters never are, they have no value here.
 FOLDING_LIMIT = 4096
-ATTENTION = "dpo_fast_grouped"
+# Each expert multiplies the tokens that chose it, gathered, and no others; the graph holds every expert's products.
+EXPERTS = "grouped_mm"
+# What a model's code imports when it leaves windows to Transformers' masks.
+WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
 
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (B, heads, T, D)
-    key: torch.Tensor,  # (B, key heads, T, D)
-    value: torch.Tensor,  # (B, key heads, T, D of values)
-    attention_mask: torch.Tensor,  # (B, 1, T, T), added to the scores
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention in which the query heads of one key head are rows of one matrix product.
-
-    Keys and values are not repeated for grouped queries, as Transformers' own functions do.
-    """
-    batch, heads, length, size = query.shape
-    key_heads = key.shape[1]
-    groups = heads // key_heads
-    scaling = size**-0.5 if scaling is None else scaling
-    query = (query * scaling).reshape(batch, key_heads, groups * length, size)
-    scores = (query @ key.transpose(2, 3)).reshape(batch, key_heads, groups, length, length)
-    probability = (scores + attention_mask[:, :, None]).softmax(-1)
-    attended = probability.reshape(batch, key_heads, groups * length, length) @ value
-    return attended.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
-
-
-def trace(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: bool = False) -> ir.Model:
+def trace(
+    config: PretrainedConfig,
+    *,
+    vocabulary_tile: int,
+    trust_remote_code: bool = False,
+    adapters: Sequence[AdaptedModules] = (),
+) -> ir.Model:
     """Trace the log-prob graph of a configuration's causal LM, in float32, with parameters that have no values yet.
 
     Args:
         config: the model's configuration.
         vocabulary_tile: how many columns of the vocabulary the head computes at a time.
         trust_remote_code: whether the configuration's own Python code may be run.
+        adapters: what each adapter changes, in the order of the input `adapter_gates` (B, adapters); without any, the
+            graph has no such input.
 
     Returns:
         The graph; its unbound initializers carry the parameters' names (`dpo_fast.export.weights` binds them).
@@ -78,30 +79,39 @@ def trace(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: 
     Raises:
         CheckpointError: the architecture cannot be exported.
     """
-    AttentionInterface.register(ATTENTION, grouped_attention)
-    with torch.device("meta"):
-        model = _build(config, trust_remote_code)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    _add_log_prob_forward(model, vocabulary_tile)
-    meta = torch.device("meta")
-    # Sizes that differ from each other, and from 1: equal ones would be taken for the same dimension.
-    sample = {name: torch.zeros(2, 24, dtype=torch.long, device=meta) for name in INPUTS if name.endswith("ids")}
-    sample |= {name: torch.zeros(16, dtype=torch.long, device=meta) for name in ("target_index", "target_ids")}
-    # DYNAMIC, not AUTO: a size that tracing would fix to the sample's is an error.
-    shapes = {name: dict.fromkeys(range(len(INPUTS[name])), torch.export.Dim.DYNAMIC) for name in sample}
-    settings = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False)
-    # Computed buffers (rotary frequencies) are traced without values too: take them from a model whose parameters
-    # alone are empty.
     with init_empty_weights(include_buffers=False):
-        buffers = dict(_build(config, trust_remote_code).named_buffers())
+        model = _build(config, trust_remote_code)
+    model.tie_weights()  # emptying parted what is tied
+    with init_empty_weights(include_buffers=False):
+        gates = install(model, adapters)
+    # What a checkpoint stores has no value here; what a model computes as it is built (rotary frequencies) has.
+    stored = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _take_values(model)
+        # Sizes that differ from each other, and from 1: equal ones would be taken for the same dimension.
+        sample = {name: torch.zeros(2, 24, dtype=torch.long) for name in INPUTS if name.endswith("ids")}
+        sample |= {name: torch.zeros(16, dtype=torch.long) for name in ("target_index", "target_ids")}
+        if adapters:
+            sample[ADAPTER_GATES] = torch.zeros(2, len(adapters))
+    _add_log_prob_forward(model, vocabulary_tile, gates)
+    # DYNAMIC, not AUTO: a size that tracing would fix to the sample's is an error.
+    shapes = {
+        name: dict.fromkeys(range(len(INPUTS[name])), torch.export.Dim.DYNAMIC) for name in sample if name in INPUTS
+    }
+    if adapters:
+        shapes[ADAPTER_GATES] = {0: torch.export.Dim.DYNAMIC}
+    settings = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False)
     with quiet():
         try:
             graph: ir.Model = OnnxExporter().export(model, sample, config=settings).program
             for name, value in graph.graph.initializers.items():
-                if name in parameters:
+                if name in stored:
                     value.const_value = None
-                elif name in buffers:
-                    value.const_value = ir.tensor(buffers[name].numpy(), name=name)
+                elif name in computed:
+                    value.const_value = ir.tensor(computed[name].numpy(), name=name)
+                elif value.const_value is not None:
+                    value.const_value = ir.tensor(value.const_value.numpy(), name=name)  # an error if it has no values
             optimize_ir(graph, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT)
         except Exception as error:  # exporters and optimisers fail in as many ways as there are architectures
             raise CheckpointError(
@@ -110,35 +120,86 @@ def trace(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: 
             ) from error
     _divide_by_roots(graph)
     _name_dimensions(graph)
+    _forget_origins(graph)
     return graph
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The configuration's causal LM in evaluation mode, with our attention where the model takes any."""
+    AttentionInterface.register(ATTENTION, grouped_attention)
     try:
-        cls = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        attention = ATTENTION if cls is None or getattr(cls, "_supports_sdpa", False) else "eager"
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
+        config = copy.deepcopy(config)  # the model writes into it
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        with quiet():  # a family that computes attention in code of its own says so, and keeps it
+            model.set_attn_implementation(ATTENTION)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation(EXPERTS)
     except (ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"model type {config.model_type!r} is not a causal LM that can be built: {_first_line(error)}"
         ) from error
-    takes = inspect.signature(model.base_model.forward).parameters
-    if model.base_model is model or not {"position_ids", "attention_mask"} <= set(takes):
-        raise CheckpointError(
-            f"model type {config.model_type!r} takes no position_ids and attention_mask of its own, "
-            "so its completions cannot share a prompt; it cannot be exported yet"
-        )
+    _check(model)
+    keep_first_frequencies(model)
     return model.eval()
 
 
-def _add_log_prob_forward(model: PreTrainedModel, vocabulary_tile: int) -> None:
+def _check(model: PreTrainedModel) -> None:
+    """Refuse what the graph would get wrong, and the self-check would not see."""
+    config = model.config.get_text_config()
+    if _decoder(model) is model:
+        raise CheckpointError(
+            f"model type {config.model_type!r}: {type(model).__name__} has no decoder named "
+            f"{model.base_model_prefix!r} whose states could be scored; it cannot be exported"
+        )
+    if getattr(config, "attn_temperature_tuning", None):
+        raise CheckpointError(
+            f"model type {config.model_type!r}: attn_temperature_tuning {config.attn_temperature_tuning} scales "
+            "attention by a token's column in its row, which a shared prompt moves; it cannot be exported"
+        )
+    module = sys.modules[type(model).__module__]
+    if not any(hasattr(module, name) for name in WINDOW_MASKS):
+        for key, window in windows(config).items():
+            if window > LONGEST_WINDOW:
+                raise CheckpointError(
+                    f"model type {config.model_type!r}: {key} {window} is applied by {module.__name__} itself, and no "
+                    f"check here is longer than {LONGEST_WINDOW} tokens; it cannot be exported"
+                )
+
+
+def _decoder(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of a causal LM that ends in the states which its head takes; the model itself if it has none."""
+    decoder: torch.nn.Module = getattr(model, "model", model) if model.base_model is model else model.base_model
+    return decoder
+
+
+def _take_values(model: PreTrainedModel) -> None:
+    """Make every parameter and buffer a fake one: a shape on the CPU without memory.
+
+    Not on the meta device, where tensors that are written out in a model's code would lose their values.
+    """
+    fakes: dict[int, torch.Tensor] = {}  # tied ones stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = fakes.get(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
+                    if isinstance(tensor, torch.nn.Parameter) and id(tensor) not in fakes:
+                        fake = torch.nn.Parameter(fake, requires_grad=False)
+                    fakes[id(tensor)] = tensors[name] = fake
+
+
+def _add_log_prob_forward(model: PreTrainedModel, vocabulary_tile: int, gates: Gates) -> None:
     """Give the model a forward that returns the graph contract's outputs.
 
     A subclass of the model's own class passes every check of the exporter that a foreign wrapper fails.
     """
+    decoder = _decoder(model)
+    takes = inspect.signature(decoder.forward).parameters
+    module, slopes, end = sys.modules[type(model).__module__], alibi_slopes(model), longest_sequence(model.config)
+    # Functions of the model's own module that the trace cannot take, or not with a shared prompt.
+    replaced: list[tuple[Any, str, Any]] = [
+        (module, name, lambda _, scan=scan: scan) for name, scan in SCANS.items() if hasattr(module, name)
+    ]
 
     class LogProb(type(model)):  # type: ignore[misc]
         def forward(
@@ -148,121 +209,58 @@ def _add_log_prob_forward(model: PreTrainedModel, vocabulary_tile: int) -> None:
             segment_ids: torch.Tensor,
             target_index: torch.Tensor,
             target_ids: torch.Tensor,
+            adapter_gates: torch.Tensor | None = None,
         ) -> dict[str, torch.Tensor]:
-            hidden = self.base_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=_attention_mask(self.config, position_ids, segment_ids),
-                use_cache=False,
-            ).last_hidden_state  # (B, T, H)
+            if adapter_gates is not None:
+                gates.set(adapter_gates)
+            inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+            if "position_ids" in takes:
+                inputs["position_ids"] = position_ids
+            bias = []
+            if slopes is not None:
+                values = alibi(self.config.model_type, slopes, position_ids)
+                bias = [(module, ALIBI, lambda _: lambda *args, **kwargs: values)]
+                inputs["attention_mask"] = torch.ones_like(input_ids)  # the function is not asked without one
+            with _attention_mask(self.config, position_ids, segment_ids), patch_attributes(replaced + bias):
+                hidden = decoder(**inputs).last_hidden_state  # (B, T, H)
+            if end is not None:  # no number is better than one of other frequencies
+                hidden = hidden.masked_fill(position_ids.max() >= end, torch.nan)
             hidden = hidden.reshape(-1, hidden.shape[-1])[target_index]  # (N, H)
-            return _score(self, hidden, target_ids, vocabulary_tile)
+            row_gates = None if adapter_gates is None else adapter_gates[target_index // input_ids.shape[1]]
+            return score(self, hidden, target_ids, vocabulary_tile, row_gates)  # gates (N, adapters)
 
     model.__class__ = LogProb
 
 
-def _attention_mask(
-    config: PretrainedConfig, position_ids: torch.Tensor, segment_ids: torch.Tensor
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The masks that the model's layers add to their scores: (B, 1, T, T) float32, 0 where a state may look.
+@contextmanager
+def _attention_mask(config: PretrainedConfig, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> Iterator[None]:
+    """Masks of positions and segments instead of columns, for every mask that the model asks Transformers for.
 
-    A model with sliding windows measures distance in positions, so that it is the same with the prompt shared. It
-    takes one mask for each kind of layer; a plain mask would silently drop the window.
+    The model asks for each kind that its layers need, with that kind's own rule (causal, a window, chunks) of a
+    query's and a key's place. Asked of positions, the rule is the same with the prompt shared.
     """
-    text_config = config.get_text_config()
-    length = segment_ids.shape[1]
-    column = torch.arange(length, device=segment_ids.device)
-    earlier = column[None, :] <= column[:, None]  # (T, T)
-    of, seen = segment_ids[:, :, None], segment_ids[:, None, :]
-    allowed = earlier[None] & ((seen == 0) | (seen == of))  # (B, T, T)
-    window = getattr(text_config, "sliding_window", None)
-    kinds = set(getattr(text_config, "layer_types", None) or ())
-    full = _additive(allowed)
-    if window is None:
-        return dict.fromkeys(kinds, full) if len(kinds) > 1 else full
-    distance = position_ids[:, :, None] - position_ids[:, None, :]
-    sliding = _additive(allowed & (distance < window))
-    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
+    def mask(mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
+        """(B, 1, T, T) float32, added to the scores: 0 where a state may look, else the lowest number."""
+        rows = torch.arange(position_ids.shape[0])[:, None, None, None]
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+        seen, of = segment_ids[:, None, None, :], segment_ids[:, None, :, None]
+        allowed = mask_function(rows, head, position_ids[:, None, :, None], position_ids[:, None, None, :])
+        allowed = allowed & ((seen == 0) | (seen == of))
+        return (~allowed).to(torch.float32) * torch.finfo(torch.float32).min
 
-def _additive(allowed: torch.Tensor) -> torch.Tensor:
-    """0 where allowed, else the lowest float32, from (B, T, T) to (B, 1, T, T)."""
-    return (~allowed[:, None]).to(torch.float32) * torch.finfo(torch.float32).min
-
-
-def _score(
-    model: PreTrainedModel, hidden: torch.Tensor, target_ids: torch.Tensor, vocabulary_tile: int
-) -> dict[str, torch.Tensor]:
-    """The graph contract's outputs, (N,) each, of states (N, H), with the vocabulary in tiles.
-
-    For a tile t with logits z and softmax p: ``lse_t = max(z) - log(max(p))``, in which nothing overflows and the
-    largest probability never underflows. Tiles combine by ``lse = logsumexp(lse_t)``.
-    """
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
-    vocabulary = head.weight.shape[0]
-    bias = getattr(head, "bias", None)
-    target_logit = torch.zeros_like(hidden[:, 0])
-    tops, firsts, lses, expected, squares, means = [], [], [], [], [], []
-    for start in range(0, vocabulary, vocabulary_tile):
-        stop = min(start + vocabulary_tile, vocabulary)
-        logits = hidden @ head.weight[start:stop].t()  # (N, tile)
-        if bias is not None:
-            logits = logits + bias[start:stop]
-        logits = _transform(logits, scale, softcap)
-        probability = logits.softmax(-1)
-        top = logits.amax(-1)
-        tops.append(top)
-        firsts.append(logits.argmax(-1) + start)
-        lses.append(top - probability.amax(-1).log())
-        expected.append((probability * logits).sum(-1))
-        squares.append((probability * probability).sum(-1))
-        if softcap is not None:
-            means.append(logits.sum(-1) / vocabulary)
-        inside = (target_ids >= start) & (target_ids < stop)
-        # The very number that the other logits are compared with: a dot product of its own would round differently.
-        gathered = logits.gather(1, (target_ids - start).clamp(0, stop - start - 1)[:, None])[:, 0]
-        target_logit = target_logit + torch.where(inside, gathered, 0.0)
-    stacked = torch.stack(lses)  # (tiles, N)
-    highest = stacked.amax(0)
-    lse = highest + (stacked - highest).exp().sum(0).log()
-    share = (stacked - lse).exp()  # (tiles, N): the probability that falls into each tile
-    # The first of the largest logits, as argmax over the whole vocabulary would find it.
-    best_tile = torch.stack(tops).argmax(0)  # (N,)
-    first = torch.stack(firsts).gather(0, best_tile[None])[0]
-    if softcap is None:
-        # The mean over the vocabulary of h·w is h·mean(w): one dot product instead of a pass over all logits.
-        mean_logit = hidden @ head.weight.mean(0)
-        mean_logit = (mean_logit if bias is None else mean_logit + bias.mean()) * scale
-    else:
-        mean_logit = torch.stack(means).sum(0)
-    return {
-        "log_prob": target_logit - lse,
-        "entropy": lse - (share * torch.stack(expected)).sum(0),
-        "mean_logit": mean_logit,
-        "is_top1": (first == target_ids).to(torch.float32),
-        "log_sum_sq_prob": (share * share * torch.stack(squares)).sum(0).log(),
-    }
-
-
-def _transform(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Scale, then soft cap: the order in which every architecture that has both applies them."""
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def logit_scale(config: PretrainedConfig) -> float:
-    """The factor that the architecture multiplies its logits by (trl/trainer/utils.py, `add_fused_lm_head`)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor = getattr(config, name, None)
-        if factor is not None:
-            return float(factor)
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    masks, name = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, config.get_text_config()._attn_implementation
+    before = masks.get(name)
+    masks[name] = mask
+    # A row of completions is no row of packed documents, which Transformers would find by its positions.
+    unpacked = (masking_utils, "find_packed_sequence_indices", lambda _: lambda position_ids: None)
+    try:
+        with patch_attributes([unpacked]):
+            yield
+    finally:
+        del masks[name]
+        if before is not None:
+            masks[name] = before
 
 
 def _divide_by_roots(model: ir.Model) -> None:
@@ -290,12 +288,28 @@ def _divide_by_roots(model: ir.Model) -> None:
 def _name_dimensions(model: ir.Model) -> None:
     """Give inputs and outputs the contract's names of dimensions: B rows, T columns, N targets."""
     for value in model.graph.inputs:
-        value.shape = ir.Shape(INPUTS[str(value.name)])
+        if value.name != ADAPTER_GATES:
+            value.shape = ir.Shape(INPUTS[str(value.name)])
+        elif value.shape is not None:
+            value.shape = ir.Shape(["B", value.shape[1]])
     for value in model.graph.outputs:
         value.shape = ir.Shape(["N"])
 
 
+def _forget_origins(model: ir.Model) -> None:
+    """Take out where in which source files each node came from: most of a traced graph's bytes, and local paths."""
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
 def _first_line(error: BaseException) -> str:
-    """An exception's first line, shortened: exporters append pages."""
+    """The first line of what went wrong first, shortened: exporters wrap errors, and append pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]

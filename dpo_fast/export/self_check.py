@@ -1,6 +1,7 @@
 """Is the exported graph the model? The graph on ONNX Runtime against PyTorch run plainly, one sequence a row."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,12 @@ import numpy as np
 from dpo_fast.batches import LAYOUTS, Layout, make_batches
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
-from dpo_fast.errors import CheckpointError, EngineOutputError, SelfCheckError
+from dpo_fast.errors import CheckpointError, EngineOutputError, MissingDependencyError, SelfCheckError
+from dpo_fast.export.probes import LONGEST_WINDOW, make_probes
 from dpo_fast.quiet import quiet
 from dpo_fast.scores import check_scores
 from dpo_fast.types import TokenizedPair
 
-# Tokens of (prompt, chosen, rejected): the shortest possible, prompts and completions longer and shorter than another.
-PROBES = ((5, 3, 7), (1, 1, 1), (17, 12, 4), (2, 40, 40), (61, 20, 33))
-SEED = 20_240_607
 # Largest error, in nats (in units of the logit for mean_logit), that rounding explains. Two float32 orders of
 # summation differ by 1e-6 on tiny models and 2e-5 on 30 layers; layers that mix tokens across a shared prompt err by
 # 6e-4 and more, a dropped sliding window by 3e-2.
@@ -70,21 +69,34 @@ class _PlainScores:
     gap: np.ndarray[Any, Any]
 
 
-def self_check(graph: Path, folder: Path, *, layout: Layout | None, trust_remote_code: bool = False) -> SelfCheck:
+def self_check(
+    graph: Path,
+    folder: Path,
+    *,
+    layout: Layout | None,
+    probes: int | None = None,
+    trust_remote_code: bool = False,
+    base: Path | None = None,
+    gates: Sequence[float] | None = None,
+) -> SelfCheck:
     """Compare a graph with the PyTorch model of a folder; choose the layout unless it is given.
 
     Args:
         graph: the exported graph.
-        folder: the Transformers folder whose weights it points into.
+        folder: the Transformers or PEFT folder whose weights it points into.
         layout: to be checked; None tries the shared prompt first, then one sequence a row.
+        probes: how many pairs are compared; None takes all.
         trust_remote_code: whether the folder's Python code may be run.
+        base: the folder of the base model, where `folder` is a PEFT folder.
+        gates: that turn the folder's adapter on, or all of them off for the base, in a graph with adapters.
 
     Raises:
         SelfCheckError: no layout agrees with PyTorch; the message has the figures.
-        CheckpointError: Transformers cannot load the folder.
+        CheckpointError: Transformers or PEFT cannot load the folder.
+        MissingDependencyError: the folder is a PEFT folder, and PEFT is not installed.
     """
-    pairs, expected = _plain_scores(folder, trust_remote_code)
-    engine = OnnxRuntimeEngine(graph)
+    pairs, expected = _plain_scores(folder, base, probes, trust_remote_code)
+    engine = OnnxRuntimeEngine(graph, gates=gates)
     failures = []
     for candidate in (layout,) if layout else LAYOUTS:
         try:
@@ -121,27 +133,49 @@ def compare(
     return SelfCheck(layout, tokens, errors, disagreements, TOLERANCE)
 
 
+def check_mixed_rows(graph: Path, pairs: list[TokenizedPair], gates: Sequence[Sequence[float]], layout: Layout) -> None:
+    """Compare a batch whose rows have different gates with batches whose rows all have the same.
+
+    Args:
+        graph: with adapters; right with the same gates in all rows, as `self_check` finds.
+        pairs: probes.
+        gates: of each role, which the rows take in turn.
+        layout: of the rows.
+
+    Raises:
+        SelfCheckError: a row's numbers depend on other rows' gates.
+    """
+    engine = OnnxRuntimeEngine(graph, gates=gates[0])
+    budget = sum(len(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids) for pair in pairs) * len(pairs)
+    for batch in make_batches(pairs, layout, budget):
+        mixed = asdict(engine.with_gates(gates).score(batch))
+        uniform = [asdict(engine.with_gates(of_role).score(batch)) for of_role in gates]
+        turn = batch.target_index // batch.input_ids.shape[1] % len(gates)
+        for name in CONTINUOUS:
+            expected = np.stack([scores[name] for scores in uniform])[turn, np.arange(len(turn))]
+            error = float(np.abs(mixed[name] - expected).max(initial=0.0))
+            if not error <= TOLERANCE:
+                raise SelfCheckError(
+                    f"{graph.name}: rows of one batch do not keep their adapters apart: {name} differs by {error:.2g} "
+                    f"(limit {TOLERANCE:g})"
+                )
+
+
 def _plain_scores(
-    folder: Path, trust_remote_code: bool
+    folder: Path, base: Path | None, probes: int | None, trust_remote_code: bool
 ) -> tuple[list[TokenizedPair], dict[tuple[int, int], _PlainScores]]:
     """The probes, and PyTorch's scores of each completion by (pair, branch), from the model's own logits in float64."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            ).eval()
-    except Exception as error:  # the folder's own files, read by as many loaders
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{folder.name}: Transformers cannot load this checkpoint ({reason})") from error
-    config = model.config.get_text_config()
-    pairs = _probes(model.get_output_embeddings().weight.shape[0], config)
+    from dpo_fast.export.positions import longest_sequence, windows
+
+    model = _load(folder, base, trust_remote_code)
+    ends = (getattr(model.config.get_text_config(), "max_position_embeddings", None), longest_sequence(model.config))
+    pairs = make_probes(
+        model.get_output_embeddings().weight.shape[0],
+        window=max((window for window in windows(model.config).values() if window <= LONGEST_WINDOW), default=None),
+        positions=min((end for end in ends if end is not None), default=None),
+    )[:probes]
     expected = {}
     with torch.inference_mode():
         for index, pair in enumerate(pairs):
@@ -168,18 +202,27 @@ def _plain_scores(
     return pairs, expected
 
 
-def _probes(vocabulary: int, config: Any) -> list[TokenizedPair]:
-    """Pairs of random tokens: several shapes, and one past a sliding window, where it is short enough to run here."""
-    generator = np.random.default_rng(SEED)
-    shapes = list(PROBES)
-    window = getattr(config, "sliding_window", None)
-    if window and window <= 1024:
-        shapes.append((window + 3, 9, 5))
-    longest = getattr(config, "max_position_embeddings", None) or 1 << 30
-    pairs = []
-    for row, (prompt, chosen, rejected) in enumerate(shapes, start=1):
-        if prompt + max(chosen, rejected) > longest:
-            continue
-        ids = generator.integers(0, vocabulary, prompt + chosen + rejected).tolist()
-        pairs.append(TokenizedPair(row, ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]))
-    return pairs
+def _load(folder: Path, base: Path | None, trust_remote_code: bool) -> Any:
+    """The PyTorch model of a Transformers folder, or of a PEFT folder and its base, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if base is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise MissingDependencyError("peft", "peft", "comparing an adapter's graph with PyTorch") from error
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder if base is None else base,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
+            return (model if base is None else PeftModel.from_pretrained(model, folder)).eval()
+    except Exception as error:  # the folder's own files, read by as many loaders
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        loader = "Transformers" if base is None else "PEFT"
+        raise CheckpointError(f"{folder.name}: {loader} cannot load this checkpoint ({reason})") from error

@@ -156,6 +156,19 @@ def write_card(
     return path
 
 
+def start_card(copy: Path, source: Path) -> None:
+    """Make the README.md of a copied model folder a model card, without numbers yet.
+
+    Raises:
+        CheckpointError: it cannot be read; named where the user has it, in `source`.
+        StorageError: the disk refused.
+    """
+    try:
+        write_card(copy, None)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(copy), str(source))) from error
+
+
 class _Literal(str):
     """Text of a form that needs no escaping, for code and addresses, where a backslash would be printed."""
 

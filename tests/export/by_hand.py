@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCABULARY
 from transformers import PreTrainedModel
 
-from dpo_fast.export.graph import OUTPUTS
+from dpo_fast.export.head import OUTPUTS
 
 Arrays = dict[str, np.ndarray]
 Row = list[list[int]]  # a prompt, then its completions

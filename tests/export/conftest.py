@@ -1,13 +1,14 @@
 """Tracing costs seconds, so each architecture is traced once, and the export's tests share it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import pytest
 from transformers import PretrainedConfig
 
 from dpo_fast.export import graph
-from dpo_fast.export.exporter import _architecture
+from dpo_fast.export.adapters import AdaptedModules
+from dpo_fast.export.roles import architecture
 
 Trace = Callable[..., ir.Model]
 
@@ -17,11 +18,19 @@ def traced() -> Trace:
     """`graph.trace`, remembering what it has traced; its graphs are copied before they are bound, never changed."""
     trace, remembered = graph.trace, {}
 
-    def once(config: PretrainedConfig, *, vocabulary_tile: int, trust_remote_code: bool = False) -> ir.Model:
-        architecture = {name: value for name, value in _architecture(config).items() if name != "auto_map"}
-        key = (repr(sorted(architecture.items())), vocabulary_tile)
+    def once(
+        config: PretrainedConfig,
+        *,
+        vocabulary_tile: int,
+        trust_remote_code: bool = False,
+        adapters: Sequence[AdaptedModules] = (),
+    ) -> ir.Model:
+        keys = {name: value for name, value in architecture(config).items() if name != "auto_map"}
+        key = (repr(sorted(keys.items())), vocabulary_tile, repr([sorted(changes.items()) for changes in adapters]))
         if key not in remembered:
-            remembered[key] = trace(config, vocabulary_tile=vocabulary_tile, trust_remote_code=trust_remote_code)
+            remembered[key] = trace(
+                config, vocabulary_tile=vocabulary_tile, trust_remote_code=trust_remote_code, adapters=adapters
+            )
         return remembered[key]
 
     return once

@@ -126,9 +126,9 @@ def test_a_token_in_a_hub_error_is_not_shown(monkeypatch: pytest.MonkeyPatch) ->
     ("files", "expected"),
     [
         ({}, "holds no config.json"),
-        ({"adapter_config.json": "{}"}, "is a PEFT adapter; merge it first"),
-        # Transformers would load the adapter's base model, and not these weights.
-        ({"adapter_config.json": "{}", "config.json": "{}", WEIGHTS: ""}, "is a PEFT adapter; merge it first"),
+        ({"adapter_config.json": "{}"}, "holds adapter_config.json and no adapter_model.safetensors"),
+        # Transformers would load the adapter, and not these weights.
+        ({"adapter_config.json": "{}", "config.json": "{}", WEIGHTS: ""}, "and no adapter_model.safetensors; save the"),
         ({"config.json": "{}"}, f"holds neither {WEIGHTS} nor {INDEX}; save the model there with save_pretrained"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "convert it where you trust it: python -c"),
         ({"config.json": "{}", "model.pth": ""}, "holds model.pth, a pickle, which can run code"),

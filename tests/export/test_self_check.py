@@ -16,11 +16,12 @@ from dpo_fast.batches import LAYOUTS, Batch, Layout
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.errors import CheckFailedError, CheckpointError, SelfCheckError
 from dpo_fast.export import graph as graph_module
-from dpo_fast.export.self_check import CONTINUOUS, TOLERANCE, SelfCheck, _probes, self_check
+from dpo_fast.export import head as head_module
+from dpo_fast.export.self_check import CONTINUOUS, TOLERANCE, SelfCheck, self_check
 from dpo_fast.export.weights import bind
 from dpo_fast.types import TokenScores
 
-from .binding import bind_folder, names, opened
+from .binding import bind_folder, bindings
 
 Trace = Callable[..., ir.Model]
 
@@ -76,12 +77,11 @@ def test_a_right_graph_passes(exported: Path, folder: Path, layout: Layout | Non
 
 
 def test_two_tensors_swapped(folder: Path, traced: Trace) -> None:
-    found = opened(folder)
+    found = bindings(folder)
     one, other = LAYERS
-    swapped = {**found.tensors, one: found.tensors[other], other: found.tensors[one]}
     graph = folder.with_suffix(".onnx")
-    checkpoint = dataclasses.replace(found, tensors=swapped)
-    ir.save(bind(traced(make_config(), vocabulary_tile=TILE), checkpoint, names(folder), "policy"), graph)
+    swapped = {**found, one: found[other], other: found[one]}
+    ir.save(bind(traced(make_config(), vocabulary_tile=TILE), swapped), graph)
     message = refusal(graph, folder)
     assert "shared layout, 322 tokens, largest errors: log_prob " in message
     assert "plain layout, 322 tokens, largest errors: log_prob " in message
@@ -90,11 +90,11 @@ def test_two_tensors_swapped(folder: Path, traced: Trace) -> None:
 
 @pytest.mark.parametrize("shift", [-4, 4])
 def test_one_offset_shifted_by_one_weight(folder: Path, traced: Trace, shift: int) -> None:
-    found = opened(folder)
-    moved = dataclasses.replace(found.tensors[LAYERS[0]], offset=found.tensors[LAYERS[0]].offset + shift)
+    found = bindings(folder)
+    tensor = found[LAYERS[0]].tensor
+    moved = dataclasses.replace(found[LAYERS[0]], tensor=dataclasses.replace(tensor, offset=tensor.offset + shift))
     graph = folder.with_suffix(".onnx")
-    checkpoint = dataclasses.replace(found, tensors={**found.tensors, LAYERS[0]: moved})
-    ir.save(bind(traced(make_config(), vocabulary_tile=TILE), checkpoint, names(folder), "policy"), graph)
+    ir.save(bind(traced(make_config(), vocabulary_tile=TILE), {**found, LAYERS[0]: moved}), graph)
     refusal(graph, folder)
 
 
@@ -109,7 +109,7 @@ def test_weights_that_changed_after_the_export(exported: Path, folder: Path) -> 
 
 @pytest.mark.slow
 def test_another_logit_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_module, "logit_scale", lambda config: 1.001)
+    monkeypatch.setattr(head_module, "logit_scale", lambda config: 1.001)
     refusal(bind_folder(folder, graph_module.trace(make_config(), vocabulary_tile=TILE)), folder)
 
 
@@ -253,14 +253,6 @@ def test_a_model_of_too_few_positions_to_compare_anything(tmp_path: Path, traced
     policy = save_model(make_model(make_config(max_position_embeddings=1)), tmp_path / "policy")
     graph = bind_folder(policy, traced(make_config(), vocabulary_tile=TILE))
     assert "0 tokens" in refusal(graph, policy)
-
-
-def test_probes_fit_the_model_and_pass_its_window() -> None:
-    for window in (8, 40, 100):
-        config = make_config("mistral", sliding_window=window, max_position_embeddings=130)
-        lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in _probes(500, config)]
-        assert window < max(lengths) <= 130
-    assert max(max(p.prompt_ids + p.chosen_ids + p.rejected_ids) for p in _probes(500, make_config())) < 500
 
 
 def test_a_folder_that_transformers_cannot_load(exported: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_models import copy_checkpoint, make_config, make_model, make_pair, sav
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.errors import CheckpointError
-from dpo_fast.export.graph import OUTPUTS
+from dpo_fast.export.head import OUTPUTS
 
 from .binding import bind_folder, names, session
 from .by_hand import lay_out, plain, tokens

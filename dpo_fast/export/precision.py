@@ -1,0 +1,115 @@
+"""The graph that a recipe's engine runs, made from the exact one: its products by weights in fewer bits.
+
+The exact graph, ``{role}.onnx``, is never changed. What differs from it is written beside it; what does not (the
+embedding, normalisations, biases) is pointed at where it lies::
+
+    policy.onnx ─────────────▶ policy/*.safetensors ◀──────────────┐
+    policy.cpu-int8.onnx ────▶ engines/cpu-int8/policy.safetensors │
+                         └──────────────────────────────────────────┘
+
+Logits are reduced in float32 whatever the precision: softmax, log-sum-exp and all that follows.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+
+from dpo_fast.errors import UsageError
+from dpo_fast.export.calibration import largest_magnitudes
+from dpo_fast.export.half import narrow
+from dpo_fast.export.products import Product, evaluate, find_products, split_gemms
+from dpo_fast.export.quantized_products import MICROSOFT, Float8, Form, Int4, Int8, Int8Weights
+from dpo_fast.export.weights_file import WeightsFile
+from dpo_fast.recipes import Recipe
+from dpo_fast.types import TokenizedPair
+
+HALVES = {"fp16": ir.DataType.FLOAT16, "fp8": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def make_engine_graph(
+    folder: Path, role: str, recipe: Recipe, calibration: Sequence[TokenizedPair] | None = None
+) -> str:
+    """Make the graph that a recipe's engine runs.
+
+    Args:
+        folder: the bundle that is being made; it holds ``{role}.onnx`` and the weights that this points to.
+        role: "policy" or "reference".
+        recipe: the engine, its precision and what belongs to that.
+        calibration: pairs from which the scales of activations are chosen; for fp8 alone.
+
+    Returns:
+        The name of the graph's file in the folder: the exact one's where the engine runs that.
+
+    Raises:
+        UsageError: fp8 without calibration pairs.
+        CheckpointError: a weight is too large for float16.
+    """
+    exact = f"{role}.onnx"
+    if recipe.precision == "fp32" or (recipe.engine, recipe.precision) == ("openvino", "bf16"):
+        return exact  # OpenVINO narrows by itself
+    model = ir.load(folder / exact)
+    split_gemms(model)
+    products = find_products(model.graph)
+    form = _form(folder / exact, products, recipe, calibration)
+    head_too = recipe.head_precision != "fp32"
+    if form is not None:
+        chosen = [each for each in products if not each.is_head or recipe.head_precision == recipe.precision]
+        _replace(model, chosen, form, folder, folder / "engines" / recipe.name / f"{role}.safetensors")
+    if recipe.precision in HALVES:
+        narrow(model, HALVES[recipe.precision], [each.node for each in products if each.is_head and head_too])
+    RemoveUnusedNodesPass()(model)
+    name = f"{role}.{recipe.name}.onnx"
+    ir.save(model, folder / name)
+    return name
+
+
+def _form(
+    exact: Path, products: Sequence[Product], recipe: Recipe, calibration: Sequence[TokenizedPair] | None
+) -> Form | None:
+    """What the products become, or None where their weights stay as they are stored."""
+    match recipe.engine, recipe.precision:
+        case "onnxruntime", "int8":
+            return Int8(reduce_range=bool(recipe.reduce_range))
+        case "openvino", "int8":
+            return Int8Weights()
+        case _, "int4":
+            assert recipe.block_size is not None
+            return Int4(recipe.block_size, symmetric=bool(recipe.symmetric))
+        case _, "fp8":
+            if not calibration:
+                raise UsageError(
+                    f"--recipe {recipe.name}: fp8 needs pairs to choose the activations' scales from; "
+                    "name some with --calibration DATASET"
+                )
+            activations = {each.activation: str(each.activation.name) for each in products if not each.is_head}
+            largest = largest_magnitudes(exact, activations.values(), calibration)
+            return Float8({value: largest[name] for value, name in activations.items()})
+    return None
+
+
+def _replace(model: ir.Model, products: Sequence[Product], form: Form, folder: Path, path: Path) -> None:
+    """Put products by quantised weights in the place of exact ones; one weight is in memory at a time."""
+    graph = model.graph
+    layouts = {
+        f"{product.name}.{ending}": layout
+        for product in products
+        for ending, layout in form.layout(*product.shape).items()
+    }
+    with WeightsFile(path, layouts) as file:
+        for product in products:
+            stored = {}
+            for ending, values in form.quantize(evaluate(product.weight)).items():
+                name = f"{product.name}.{ending}"
+                file.write(name, values)
+                tensor = file.reference(name, folder)
+                stored[ending] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+                graph.register_initializer(stored[ending])
+            tape = Tape()
+            result = form.compute(tape, product, stored)
+            replace_nodes_and_values(graph, product.node, [product.node], tape.nodes, product.node.outputs, [result])
+    if any(node.domain == MICROSOFT for node in graph):
+        model.opset_imports[MICROSOFT] = 1
