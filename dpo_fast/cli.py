@@ -202,8 +202,28 @@ def evaluate_command(
         int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
     ] = None,
     token_budget: Annotated[
-        int | None, typer.Option(help="Tokens of an engine's batch; the recipe's by default. Changes no number.")
+        str | None,
+        typer.Option(
+            help="Tokens of an engine's batch, or auto: measured at the start; the recipe's by default. Changes no "
+            "number.",
+            metavar="INTEGER|auto",
+        ),
     ] = None,
+    part_size: Annotated[
+        int, typer.Option(help="Rows that are scored, and kept, at a time. Changes no number.")
+    ] = 1024,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Only the i-th of n shares of the set, such as 2/8; see `dpo-fast merge`.", metavar="i/n"),
+    ] = None,
+    reference_scores: Annotated[
+        Path | None, typer.Option(help="Take the reference's scores from this run; the cache is looked at anyway.")
+    ] = None,
+    engines: Annotated[
+        Literal["auto", "together", "in-turn"],
+        typer.Option(help="Whether policy and reference are in memory together; auto goes by what is free."),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.")] = 0,
     on_error: Annotated[
         OnError, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
     ] = "stop",
@@ -236,7 +256,12 @@ def evaluate_command(
         loss=loss,
         aggregate=aggregate,
         batch_size=batch_size,
-        token_budget=token_budget,
+        token_budget=_token_budget(token_budget),
+        part_size=part_size,
+        shard=_shard(shard),
+        threads=threads,
+        engines=engines,
+        reference_scores=reference_scores,
         seed=seed,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
@@ -250,6 +275,102 @@ def evaluate_command(
 
     print_metrics(metrics, _console())
     typer.echo(f"run: {output} ({METRICS}); model card: {bundle / 'policy' / 'README.md'}")
+
+
+@app.command("merge")
+def merge_command(
+    shards: Annotated[
+        list[Path], typer.Argument(help="The runs of all shards, in any order.", metavar="RUN...", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The run to write.", show_default=False)],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the runs of all shards of a set together; the parts and the numbers are those of one run over all of it."""
+    from dpo_fast.merge import merge
+    from dpo_fast.run_folder import METRICS
+
+    metrics = merge(shards, output, overwrite=overwrite)
+    if as_json:
+        _print_json(metrics)
+        return
+    from dpo_fast.table import print_metrics
+
+    print_metrics(metrics, _console())
+    typer.echo(f"run: {output} ({METRICS})")
+
+
+@app.command("rescore")
+def rescore_command(
+    run: Annotated[Path, typer.Argument(help="Folder that `dpo-fast evaluate` wrote.", show_default=False)],
+    beta: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Strengths of the reference, with commas between them.  [default: the run's]", metavar="0.05,0.1,…"
+        ),
+    ] = None,
+    loss_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"all, or some of {', '.join(LOSS_TYPES)}, each by itself.  [default: the run's]", metavar="all|NAME,…"
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="For robust, exo_pair, aot and aot_unpaired.  [default: the run's]")
+    ] = None,
+    ld_alpha: Annotated[
+        float | None,
+        typer.Option(help="Weight of tokens beyond the shorter completion's length (LD-DPO).  [default: the run's]"),
+    ] = None,
+    f_divergence_type: Annotated[
+        FDivergence | None,
+        typer.Option(help="Regulariser between policy and reference (f-DPO).  [default: the run's]"),
+    ] = None,
+    f_alpha_divergence_coef: Annotated[
+        float | None, typer.Option(help="Alpha of alpha_divergence.  [default: the run's]")
+    ] = None,
+    use_weighting: Annotated[
+        bool | None,
+        typer.Option(
+            "--use-weighting/--no-use-weighting",
+            help="Weight pairs by the policy's probabilities (WPO).  [default: the run's]",
+        ),
+    ] = None,
+    discopop_tau: Annotated[float | None, typer.Option(help="Temperature of discopop.  [default: the run's]")] = None,
+    reference_free: Annotated[
+        ReferenceFree | None,
+        typer.Option(help="Score by the policy's log-probs alone, as a run without a reference must be."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrapped intervals.")] = 0,
+    aggregate: Annotated[
+        Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
+    ] = "exact",
+    batch_size: Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a finished run's metrics for other betas and losses, from its scores alone."""
+    from dpo_fast.rescore import open_run, rescore
+    from dpo_fast.rescore_settings import make_settings
+
+    settings, notes = make_settings(
+        open_run(run)[1],
+        beta or (),
+        loss_type or (),
+        label_smoothing=label_smoothing,
+        ld_alpha=ld_alpha,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        use_weighting=use_weighting,
+        discopop_tau=discopop_tau,
+        reference_free=reference_free,
+    )
+    result = {**rescore(run, settings, aggregate=aggregate, batch_size=batch_size, seed=seed), "notes": notes}
+    if as_json:
+        _print_json(result)
+        return
+    from dpo_fast.rescore_table import print_rescore
+
+    print_rescore(result, _console())
 
 
 @app.command("push")
@@ -318,8 +439,31 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:  # which Typer makes of a KeyboardInterrupt
-        _say("dpo-fast: interrupted; an evaluation goes on from its last part when started again without --overwrite")
+        _say("dpo-fast: interrupted; an evaluation goes on from where it was when the same command is run again")
     return code or 0
+
+
+def _token_budget(value: str | None) -> int | Literal["auto"] | None:
+    """The number, "auto" or nothing."""
+    if value is None:
+        return None
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"--token-budget {value!r} is neither a number of tokens nor auto") from error
+
+
+def _shard(value: str | None) -> tuple[int, int] | None:
+    """i/n as two numbers."""
+    if value is None:
+        return None
+    try:
+        shard, shards = map(int, value.split("/"))
+    except ValueError as error:
+        raise UsageError(f"--shard {value!r} is not written i/n, such as 2/8") from error
+    return shard, shards
 
 
 def _say(line: str) -> None:

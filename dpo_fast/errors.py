@@ -13,6 +13,7 @@
     │   ├── StorageError              the disk: full, read-only, no permission
     │   ├── HubError                  the Hugging Face Hub refused or could not be reached
     │   └── MissingDependencyError    an extra that is not installed
+    ├── InterruptedRunError           exit code 128 + the signal's number: Ctrl-C or SIGTERM
     └── CheckFailedError              exit code 3: a check did not pass
         ├── SelfCheckError            an exported graph differs from its PyTorch model
         └── EngineOutputError         an engine returned NaN, or too few values
@@ -80,6 +81,14 @@ class MissingDependencyError(InputError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'dpo-fast[{extra}]'")
+
+
+class InterruptedRunError(DpoFastError):
+    """A run was asked to stop, and has stopped in good order; the message says how it goes on."""
+
+    def __init__(self, number: int, message: str) -> None:
+        self.exit_code = 128 + number  # as shells have it
+        super().__init__(message)
 
 
 class CheckFailedError(DpoFastError):

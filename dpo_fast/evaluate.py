@@ -3,34 +3,56 @@
 rows -> tokens -> batches -> engine -> scores -> metrics, each in its own module; this one only hands on.
 """
 
-import json
-import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dpo_fast.batches import Batch
+from dpo_fast.batches import Layout
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
-from dpo_fast.engines import open_engine, open_engines
+from dpo_fast.engines import open_engine
 from dpo_fast.engines.base import Engine
-from dpo_fast.errors import BundleError, DatasetError, InputError, OutputExistsError, UsageError
-from dpo_fast.files import make_folder, storage_errors, write_json, write_text
+from dpo_fast.errors import DatasetError, InputError, UsageError
+from dpo_fast.files import make_folder
+from dpo_fast.interrupts import stop_on_signals
+from dpo_fast.loading import Engines
+from dpo_fast.memory import fit_together
 from dpo_fast.metrics.summary import compute_metrics
-from dpo_fast.preferences import PreferenceSet, load_preferences
+from dpo_fast.metrics.sums import concatenate, sum_tokens
+from dpo_fast.progress import Progress
 from dpo_fast.provenance import hardware, versions
 from dpo_fast.publish.card import write_card
-from dpo_fast.scores import ScoredPairs, score_pairs
-from dpo_fast.store import PAIRS_PER_PART, Fingerprint, ScoreStore, row_hash, token_hash
-from dpo_fast.tokens import load_tokenizer, tokenize
-from dpo_fast.types import AGGREGATES, LossSettings, OnError, SkippedRow, TokenizedPair
+from dpo_fast.reference_scores import KnownScores, ReferenceCache, ScoresOfRun
+from dpo_fast.run_folder import (
+    METRICS,
+    SCORES,
+    SKIPPED,
+    check_output,
+    check_parts,
+    locked,
+    remove_if_empty,
+    remove_remains,
+    remove_run,
+    write_results,
+)
+from dpo_fast.scoring import Account, Work, score_parts
+from dpo_fast.store import PART_ROWS, ScoreStore
+from dpo_fast.token_budget import tune_token_budget
+from dpo_fast.token_cache import TokenCache, of_the_tokenizer, open_tokens
+from dpo_fast.token_table import TokenTable
+from dpo_fast.types import AGGREGATES, LossSettings, OnError
 
-METRICS = "metrics.json"
-SKIPPED = "skipped.jsonl"
-SCORES = "scores"
+__all__ = ["METRICS", "SKIPPED", "EvaluateOptions", "evaluate"]
+
+EngineUse = Literal["auto", "together", "in-turn"]
+# What a finished run's numbers depend on beside its parts: another value of these is another run.
+SETTINGS = (
+    "settings", "aggregate", "batch_size", "limit", "part_size", "shard", "group_by", "on_error", "bootstrap_seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +68,13 @@ class EvaluateOptions:
         loss: the loss and its parameters.
         aggregate: "exact" over all pairs, or "trl": the mean of batch means.
         batch_size: of `aggregate="trl"`; changes no other number.
-        token_budget: of the engine's batches, in tokens; None takes the recipe's. Changes no number.
+        token_budget: of the engine's batches, in tokens; None takes the recipe's, "auto" measures which is fastest.
+            Changes no number.
+        part_size: rows of the data set in one part, which is what is kept at a time. Changes no number.
+        shard: (i, n): only the i-th of n shares of the parts, i counted from 1.
+        threads: of an engine's operators; 0 takes every physical core.
+        engines: whether policy and reference are in memory "together" or "in-turn"; "auto" goes by what is free.
+        reference_scores: a run whose reference scores are taken.
         seed: of the bootstrap.
         trust_remote_code: whether the tokenizer's own Python code may be run.
         overwrite: whether an existing run is replaced.
@@ -61,19 +89,16 @@ class EvaluateOptions:
     loss: LossSettings = field(default_factory=LossSettings)
     aggregate: str = "exact"
     batch_size: int = 8
-    token_budget: int | None = None
+    token_budget: int | Literal["auto"] | None = None
+    part_size: int = PART_ROWS
+    shard: tuple[int, int] | None = None
+    threads: int = 0
+    engines: EngineUse = "auto"
+    reference_scores: Path | None = None
     seed: int = 0
     trust_remote_code: bool = False
     overwrite: bool = False
     progress: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """The usable pairs of a data set, and the rows that are not."""
-
-    pairs: list[TokenizedPair]
-    skipped: list[SkippedRow]
 
 
 def evaluate(
@@ -82,16 +107,16 @@ def evaluate(
     output: Path,
     options: EvaluateOptions = EvaluateOptions(),
     report: Callable[[str], None] = lambda step: None,
-    engine: Callable[[Bundle, str], Engine] = open_engine,
+    engine: Callable[[Bundle, str], Engine] | None = None,
 ) -> dict[str, Any]:
     """Score a preference set with a bundle, and write the run.
 
-    An interrupted run is taken up again: parts that were written from the same tokens, weights and engine are kept.
+    A run goes on where it was: parts that were written from the same tokens, weights and engine are kept.
 
     Args:
         bundle: what `dpo_fast.export` wrote.
         dataset: a file, a folder or a Hub id.
-        output: the run's folder, which must not hold a finished run.
+        output: the run's folder.
         options: see `EvaluateOptions`.
         report: called with a line where something is worth saying.
         engine: opens a role's engine; the recipe's by default.
@@ -102,98 +127,237 @@ def evaluate(
     Raises:
         InputError: bundle, data set, options or disk; the message says what to do.
         EngineOutputError: an engine returned what cannot be right.
+        InterruptedRunError: Ctrl-C or SIGTERM; the parts that were finished are kept.
     """
     began = time.perf_counter()
     _check_options(options)
-    _check_output(output, options)
     opened = open_bundle(bundle)
     roles = [POLICY, REFERENCE] if options.loss.reference_free is None else [POLICY]
     if REFERENCE in roles and not opened.has_reference:
         raise UsageError(f"{bundle}: has no reference; say --reference-free sum, average or norm")
     max_length = _max_length(opened, options)
+    check_output(output, _settings(options), overwrite=options.overwrite)
+    cache = ReferenceCache()
+    known: KnownScores = cache
+    if options.reference_scores is not None and REFERENCE in roles:
+        known = ScoresOfRun(options.reference_scores)
+    passes = _passes(opened, roles, options)
 
-    # Loading and hashing release the interpreter, so they go on while the rows are read and tokenised.
-    with ThreadPoolExecutor() as threads:
-        verified = threads.submit(opened.verify)
-        loading = threads.submit(open_engines, opened, roles, engine)
-        started = time.perf_counter()
-        preferences = load_preferences(dataset, split=options.split, limit=options.limit, group_by=options.group_by)
+    with ExitStack() as stack:
+        make_folder(output / SCORES)  # a disk that refuses is better found now than after the first part
+        stack.callback(remove_if_empty, output / SCORES, output)
+        stack.enter_context(locked(output))
+        stop = stack.enter_context(stop_on_signals())
+        engines = Engines(opened, engine or (lambda of, role: open_engine(of, role, threads=options.threads)))
+        stack.callback(engines.close)
+        # Loading and hashing release the interpreter, so they go on while the rows are read and tokenised.
+        verified = stack.enter_context(ThreadPoolExecutor(1, "verify")).submit(opened.verify)
+        for role in passes[0]:
+            if role == POLICY or not _may_be_known(opened, known, role):
+                engines.load(role)
+
         try:
-            tokens = _tokenize(preferences, opened, max_length, options)
+            tokens = _open_tokens(opened, dataset, max_length, options)
+            stack.callback(tokens.close)
+            parts = _parts(tokens.rows, options)
+            rows = min(parts.values())[0], max(parts.values())[1]
+            tokens.make_ahead(*rows)
+            tokens.wait_until_open()
+            opened_seconds = time.perf_counter() - began
+            sample = _first_pairs(tokens, parts)
         except InputError:
             verified.result()  # if the bundle was altered, that explains a tokenizer that fails
             raise
-        tokenize_seconds = time.perf_counter() - started
-        started = time.perf_counter()
+        tokenize_seconds = time.perf_counter() - began - opened_seconds
         verified.result()
-        engines = loading.result()
-        load_seconds = time.perf_counter() - started
+        first_engine = engines.get(passes[0][0])
+        load_seconds = time.perf_counter() - began - tokenize_seconds
+
+        started = time.perf_counter()
+        remove_remains(output)
+        store = ScoreStore(output / SCORES)
+        if options.overwrite:
+            remove_run(output, store)
+        check_parts(store, parts)
+        layout = opened.manifest.models[passes[0][0]].layout
+        token_budget = _token_budget(options, opened, store, parts, first_engine, sample, layout)
+        name, precision = first_engine.name, first_engine.precision
+        work = Work(opened, tokens, store, parts, roles, token_budget, known, cache, name, precision)
+        del first_engine, sample  # an engine that somebody holds keeps its memory
+        account = Account()
+        progress = stack.enter_context(Progress(rows[1] - rows[0], shown=options.progress))
+        for number, to_score in enumerate(passes):
+            if number > 0:
+                engines.release()
+            score_parts(work, to_score, engines.get, stop, progress, account, share=1 / len(passes))
+        score_seconds = time.perf_counter() - started - account.waited_for_tokens
+        tokenize_seconds += account.waited_for_tokens
 
     started = time.perf_counter()
-    store = ScoreStore(output / SCORES)
-    if options.overwrite:
-        _remove_run(output, store)
-    try:
-        parts, computed, padding = _score(tokens.pairs, opened, engines, store, options)
-    except BaseException:
-        _remove_if_empty(store.folder, output)
-        raise
-    score_seconds = time.perf_counter() - started
-
-    metrics = compute_metrics(
-        store.read(parts), options.loss, aggregate=options.aggregate, batch_size=options.batch_size, seed=options.seed
-    )
-    metrics["counts"]["skipped"] = len(tokens.skipped)
+    metrics = metrics_of(store, options)
+    metrics["counts"]["skipped"] = len(account.skipped)
     metrics["timing"] = {
         "load_seconds": load_seconds,
         "tokenize_seconds": tokenize_seconds,
         "score_seconds": score_seconds,
+        "metrics_seconds": time.perf_counter() - started,
         "total_seconds": time.perf_counter() - began,
     }
-    work = {"computed_tokens": computed, "padding_tokens": padding, "max_length": max_length}
-    metrics["provenance"] = _provenance(opened, engines, preferences, options) | work
-    with storage_errors(output):
-        skipped = (json.dumps({"row": row.row, "reason": row.reason}, ensure_ascii=False) for row in tokens.skipped)
-        write_text(output / SKIPPED, "".join(f"{line}\n" for line in skipped))
-        write_json(output / METRICS, metrics)
+    metrics["provenance"] = _provenance(work, options) | {
+        "max_length": max_length,
+        "token_budget": token_budget,
+        "engines": "in-turn" if len(passes) > 1 else "together",
+        "computed_tokens": account.tokens,
+        "padding_tokens": account.padding,
+        "this_process": {
+            "scored_pairs": account.scored_pairs,
+            "computed_tokens": account.computed_tokens,
+            "pairs_with_known_reference_scores": account.found_reference_scores,
+            "engine_seconds": account.engines,
+            "waited_for_disk_seconds": account.waited_for_disk,
+        },
+    }
+    write_results(output, metrics, account.skipped)
     _update_card(opened, metrics, report)
     return metrics
+
+
+def metrics_of(store: ScoreStore, options: EvaluateOptions) -> dict[str, Any]:
+    """The metrics of all of a run's parts.
+
+    Raises:
+        StorageError: a part is missing or damaged.
+        UsageError: the settings are so extreme that a metric overflows.
+    """
+    sums = concatenate([sum_tokens(part) for part in store.read()])
+    return compute_metrics(
+        sums, options.loss, aggregate=options.aggregate, batch_size=options.batch_size, seed=options.seed
+    )
+
+
+def _settings(options: EvaluateOptions) -> dict[str, Any]:
+    """What the numbers depend on beside the parts, as provenance has it."""
+    return {
+        "settings": asdict(options.loss),
+        "aggregate": options.aggregate,
+        "batch_size": options.batch_size if options.aggregate == "trl" else None,
+        "limit": options.limit,
+        "part_size": options.part_size,
+        "shard": options.shard,
+        "group_by": options.group_by,
+        "on_error": options.on_error,
+        "bootstrap_seed": options.seed,
+    }
+
+
+def _passes(bundle: Bundle, roles: list[str], options: EvaluateOptions) -> list[list[str]]:
+    """Which roles' engines are in memory, pass by pass: all of them, or one after the other if memory is short.
+
+    Where both fit, a part's policy and reference run one after the other, part by part: batch by batch, each engine's
+    waiting threads would slow the other.
+    """
+    if REFERENCE not in roles or options.reference_scores is not None or options.engines == "together":
+        return [roles]
+    if options.engines == "in-turn" or not fit_together(bundle, roles):
+        return [[REFERENCE], roles]
+    return [roles]
+
+
+def _may_be_known(bundle: Bundle, known: KnownScores, role: str) -> bool:
+    """Whether a role's engine is better loaded only when its scores turn out to be missing."""
+    return role == REFERENCE and known.knows("+".join(bundle.role_hashes(role)))
+
+
+def _parts(rows: int, options: EvaluateOptions) -> dict[int, tuple[int, int]]:
+    """This run's parts: their numbers in the whole set, and the rows of each, counted from 0.
+
+    Raises:
+        UsageError: there are fewer parts than shards.
+    """
+    size = options.part_size
+    parts = {number: (start, min(start + size, rows)) for number, start in enumerate(range(0, rows, size))}
+    if options.shard is None:
+        return parts
+    shard, shards = options.shard
+    if len(parts) < shards:
+        raise UsageError(
+            f"--shard {shard}/{shards}: {rows} rows are {len(parts)} parts of {size}, fewer than shards; lower "
+            "--part-size or the number of shards"
+        )
+    first, end = (shard - 1) * len(parts) // shards, shard * len(parts) // shards
+    return {number: parts[number] for number in range(first, end)}
+
+
+def _open_tokens(bundle: Bundle, dataset: str, max_length: int, options: EvaluateOptions) -> TokenCache:
+    """All rows as token ids, by the policy's tokenizer, as TRL has it."""
+    folder = f"{POLICY}/"
+    hashes = {name: file["sha256"] for name, file in bundle.manifest.files.items() if name.startswith(folder)}
+    return open_tokens(
+        dataset,
+        bundle.model_folder(POLICY),
+        {name: value for name, value in hashes.items() if of_the_tokenizer(name.removeprefix(folder))},
+        max_length=max_length,
+        vocabulary=bundle.manifest.models[POLICY].vocabulary,
+        split=options.split,
+        limit=options.limit,
+        group_by=options.group_by,
+        on_error=options.on_error,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _first_pairs(tokens: TokenCache, parts: Mapping[int, tuple[int, int]]) -> TokenTable:
+    """The first part that has any pairs.
+
+    Raises:
+        DatasetError: none has.
+    """
+    first_reason = ""
+    for rows in parts.values():
+        table, skipped = tokens.read(*rows)
+        if len(table):
+            return table
+        first_reason = first_reason or f"row {skipped[0].row}: {skipped[0].reason}"
+    start, stop = min(parts.values())[0], max(parts.values())[1]
+    raise DatasetError(f"{tokens.data.name}: none of {stop - start} rows can be used; {first_reason}")
+
+
+def _token_budget(
+    options: EvaluateOptions,
+    bundle: Bundle,
+    store: ScoreStore,
+    parts: Iterable[int],
+    engine: Engine,
+    sample: TokenTable,
+    layout: Layout,
+) -> int:
+    """Tokens of a batch: as asked for, as the recipe has it, or measured; a run goes on with what it began with."""
+    if options.token_budget is None:
+        return int(bundle.manifest.recipe["token_budget"])
+    if isinstance(options.token_budget, int):
+        return options.token_budget
+    records = (store.record(part) for part in parts)
+    begun = next((record.token_budget for record in records if record is not None), None)
+    return begun or tune_token_budget(engine, sample, layout)
 
 
 def _check_options(options: EvaluateOptions) -> None:
     """Refuse values that no data set could make sense of."""
     if options.aggregate not in AGGREGATES:
         raise UsageError(f"--aggregate {options.aggregate!r} is not known; choose from {', '.join(AGGREGATES)}")
-    for name, value in (("--batch-size", options.batch_size), ("--token-budget", options.token_budget)):
-        if value is not None and value < 1:
+    budget = options.token_budget
+    sizes = {"--batch-size": options.batch_size, "--token-budget": budget, "--part-size": options.part_size}
+    for name, value in sizes.items():
+        if isinstance(value, int) and value < 1:
             raise UsageError(f"{name} {value} must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise UsageError(f"--limit {options.limit} must be at least 1")
+    if options.threads < 0:
+        raise UsageError(f"--threads {options.threads} must be at least 0, which takes every core")
+    if options.shard is not None and not 1 <= options.shard[0] <= options.shard[1]:
+        raise UsageError(f"--shard {options.shard[0]}/{options.shard[1]}: shards are numbered from 1 to their number")
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must be at least 0")
-
-
-def _check_output(output: Path, options: EvaluateOptions) -> None:
-    """Take a new or an empty folder, an unfinished run, and with `overwrite` a finished one; refuse all else."""
-    with storage_errors(output):
-        try:
-            output.lstat()
-        except FileNotFoundError:
-            return
-    is_empty = output.is_dir() and not any(output.iterdir())
-    has_metrics = (output / METRICS).exists()
-    is_unfinished = (output / SCORES).is_dir() and not has_metrics
-    is_finished = has_metrics and any((output / SCORES).glob("part-*.parquet"))
-    if is_finished and not options.overwrite:
-        raise OutputExistsError(f"{output}: holds a finished run; name another folder, or say --overwrite")
-    if not (is_empty or is_unfinished or is_finished):
-        raise OutputExistsError(f"{output}: exists and is no run of `dpo-fast evaluate`; name another folder")
-
-
-def _remove_run(output: Path, store: ScoreStore) -> None:
-    """Remove the files of a run; the metrics first, so that what is left of a run never looks finished."""
-    with storage_errors(output):
-        (output / METRICS).unlink(missing_ok=True)
-        (output / SKIPPED).unlink(missing_ok=True)
-        store.clear()
 
 
 def _max_length(bundle: Bundle, options: EvaluateOptions) -> int:
@@ -208,107 +372,16 @@ def _max_length(bundle: Bundle, options: EvaluateOptions) -> int:
     return options.max_length
 
 
-def _tokenize(preferences: PreferenceSet, bundle: Bundle, max_length: int, options: EvaluateOptions) -> _Tokens:
-    """All rows as token ids, by the policy's tokenizer, as TRL has it."""
-    tokenizer = load_tokenizer(bundle.model_folder(POLICY), trust_remote_code=options.trust_remote_code)
-    rows = preferences.rows(on_error=options.on_error)
-    tokens = _Tokens([], [])
-    for item in tokenize(rows, tokenizer, max_length=max_length, on_error=options.on_error):
-        if isinstance(item, SkippedRow):
-            tokens.skipped.append(item)
-        else:
-            tokens.pairs.append(item)
-    if not tokens.pairs:
-        first = tokens.skipped[0]
-        raise DatasetError(
-            f"{preferences.name}: none of {len(preferences)} rows can be used; row {first.row}: {first.reason}"
-        )
-    vocabulary = bundle.manifest.models[POLICY].vocabulary
-    for pair in tokens.pairs:
-        largest = max(max(ids, default=0) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        if largest >= vocabulary:
-            raise BundleError(
-                f"row {pair.row}: the tokenizer gave the id {largest}, and the model's vocabulary ends at "
-                f"{vocabulary - 1}; export the bundle with the model's own tokenizer"
-            )
-    return tokens
-
-
-def _score(
-    pairs: Sequence[TokenizedPair],
-    bundle: Bundle,
-    engines: dict[str, Engine],
-    store: ScoreStore,
-    options: EvaluateOptions,
-) -> tuple[int, int, int]:
-    """Score all parts that are not there yet; how many parts, tokens computed in this run, and padding among them."""
-    from tqdm import tqdm
-
-    token_budget = options.token_budget or bundle.manifest.recipe["token_budget"]
-    parts = math.ceil(len(pairs) / PAIRS_PER_PART)
-    # A disk that refuses is better found now than after the first part.
-    make_folder(store.folder)
-    # Parts are consecutive: one more than there should be means that the run was of more pairs.
-    if store.path(parts).exists():
-        raise OutputExistsError(
-            f"{store.folder.parent}: holds an unfinished run of more than {len(pairs)} pairs; name another folder, "
-            "or say --overwrite"
-        )
-    computed = padding = 0
-    # A completion under one model is the unit, so that the bar moves evenly.
-    bar = tqdm(total=2 * len(pairs) * len(engines), unit=" completions", disable=not options.progress, desc="scoring")
-    with bar:
-        for part in range(parts):
-            chunk = pairs[part * PAIRS_PER_PART : (part + 1) * PAIRS_PER_PART]
-            of_pairs = {"token ids": token_hash(chunk), "row numbers, truncation or groups": row_hash(chunk)}
-            fingerprints = {role: of_pairs | _fingerprint(bundle, role, engine) for role, engine in engines.items()}
-            if store.has(part, fingerprints):
-                bar.update(2 * len(chunk) * len(engines))
-                continue
-
-            def on_batch(batch: Batch) -> None:
-                bar.update(len(batch.completions))
-
-            scores: dict[str, ScoredPairs] = {}
-            for role, engine in engines.items():
-                layout = bundle.manifest.models[role].layout
-                scores[role] = score_pairs(chunk, engine, layout=layout, token_budget=token_budget, on_batch=on_batch)
-                computed += scores[role].tokens
-                padding += scores[role].padding
-            store.write(part, chunk, scores, fingerprints)
-    return parts, computed, padding
-
-
-def _fingerprint(bundle: Bundle, role: str, engine: Engine) -> Fingerprint:
-    """What a role's scores depend on beside the pairs."""
-    return {
-        "weights and graph": "+".join(bundle.role_hashes(role)),
-        "engine": engine.name,
-        "precision": engine.precision,
-        "layout": bundle.manifest.models[role].layout,
-    }
-
-
-def _remove_if_empty(*folders: Path) -> None:
-    """Leave nothing behind of a run that failed before its first part; a part that was written stays for later."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-
-
-def _provenance(
-    bundle: Bundle, engines: dict[str, Engine], preferences: PreferenceSet, options: EvaluateOptions
-) -> dict[str, Any]:
+def _provenance(work: Work, options: EvaluateOptions) -> dict[str, Any]:
     """What the numbers were made from; local paths are cut to their last part, since runs are published."""
+    bundle, data = work.bundle, work.tokens.data
     # "." has no last part, and resolve() would give the name of what a link leads to.
-    local = Path(os.path.abspath(preferences.name))  # noqa: PTH100
+    local = Path(os.path.abspath(data.name))  # noqa: PTH100
     return {
         "versions": versions(),
         "hardware": hardware(),
-        "engine": engines[POLICY].name,
-        "precision": engines[POLICY].precision,
+        "engine": work.engine_name,
+        "precision": work.precision,
         "recipe": bundle.manifest.recipe["name"],
         "models": {
             role: {
@@ -318,21 +391,15 @@ def _provenance(
                 "weights_and_graph_sha256": bundle.role_hashes(role),
             }
             for role, entry in bundle.manifest.models.items()
-            if role in engines
+            if role in work.roles
         },
         "dataset": {
-            "name": local.name if local.exists() else preferences.name,
-            "split": preferences.split,
-            "fingerprint": preferences.fingerprint,
-            "rows": len(preferences),
+            "name": local.name if local.exists() else data.name,
+            "split": data.split,
+            "fingerprint": data.fingerprint,
+            "rows": work.tokens.rows,
         },
-        "settings": asdict(options.loss),
-        "aggregate": options.aggregate,
-        "batch_size": options.batch_size if options.aggregate == "trl" else None,
-        "limit": options.limit,
-        "group_by": options.group_by,
-        "on_error": options.on_error,
-        "bootstrap_seed": options.seed,
+        **_settings(options),
     }
 
 

@@ -56,6 +56,10 @@ _COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 # What an assistant's message may have in place of content.
 _INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking")
 
+# What a data set gives in the place of each of its rows.
+Item = PreferenceRow | SkippedRow
+ROWS_DECODED = 256  # at a time
+
 _printable = reprlib.Repr()
 _printable.maxstring = _printable.maxother = 200
 
@@ -82,23 +86,26 @@ class PreferenceSet:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def rows(self, *, on_error: OnError = "stop") -> Iterator[PreferenceRow | SkippedRow]:
+    def rows(self, *, on_error: OnError = "stop", start: int = 0, stop: int | None = None) -> Iterator[Item]:
         """Give the rows one by one, in the data set's order.
 
-        The first usable row decides whether the set holds text or conversations; a row of the other kind is an error.
+        The first usable row of the whole set decides whether it holds text or conversations; a row of the other kind
+        is an error.
 
         Args:
             on_error: at a row that cannot be used, "stop" raises; "skip" gives a `SkippedRow` in its place.
+            start: of the rows that are wanted, counted from 0.
+            stop: where they end; None: with the set.
 
         Yields:
             One item a row of the data set; `row` counts them from 1.
 
         Raises:
             RowError: a row that cannot be used, with `on_error="stop"`.
+            DatasetError: the file holds what is no text.
         """
-        records = _used_columns(self.dataset, self.group_by).with_format(None)
-        kind: type | None = None
-        for number, record in enumerate(records, start=1):
+        kind = self._kind() if start else None
+        for number, record in self._records(start, len(self) if stop is None else min(stop, len(self))):
             try:
                 row = _parse(record, number, self.group_by)
                 if kind is not None and type(row.chosen) is not kind:
@@ -113,9 +120,57 @@ class PreferenceSet:
                 kind = type(row.chosen)
                 yield row
 
+    def _kind(self) -> type | None:
+        """What the first usable row holds: str or list."""
+        usable = (row for row in self.rows(on_error="skip") if isinstance(row, PreferenceRow))
+        first = next(usable, None)
+        return None if first is None else type(first.chosen)
+
+    def _records(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows as dictionaries, with their numbers, decoded some at a time."""
+        columns = _used_columns(_mapped_anew(self.dataset), self.group_by).with_format(None)
+        for first in range(start, stop, ROWS_DECODED):
+            end = min(first + ROWS_DECODED, stop)
+            try:
+                # The JSON loader lets bytes through that are not UTF-8, at which decoding some row would fail.
+                if columns._indices is None:
+                    columns.data.slice(first, end - first).validate(full=True)
+                values = columns[first:end]
+            except ValueError as error:
+                path = Path(self.name)
+                raise _unreadable(self.name, error, _fault_in(path) if path.is_file() else None) from error
+            for number in range(first, end):
+                yield number + 1, {name: column[number - first] for name, column in values.items()}
+
+
+def fingerprint_of(dataset: str) -> str | None:
+    """What names the data of a file or folder: SHA-256 of the bytes; None for what is not on this machine.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    path = Path(dataset)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise DatasetError(f"{shown(dataset)} cannot be read: {error.strerror}") from error
+    if is_file:
+        return _sha256(path)
+    if not is_folder or not dataset:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_sha256(file)}\0".encode())
+    return digest.hexdigest()
+
 
 def load_preferences(
-    dataset: str, *, split: str | None = None, limit: int | None = None, group_by: str | None = None
+    dataset: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    group_by: str | None = None,
+    fingerprint: str | None = None,
 ) -> PreferenceSet:
     """Open a preference data set; its rows are read later, by `PreferenceSet.rows`.
 
@@ -125,6 +180,7 @@ def load_preferences(
         split: the split to take; without it "test" if there is one, else the only one. A file has no splits.
         limit: take the first `limit` rows only.
         group_by: a column by which results are to be grouped.
+        fingerprint: what `fingerprint_of` said, if it has been asked already.
 
     Returns:
         The set, with the columns that preferences need.
@@ -139,17 +195,13 @@ def load_preferences(
     if not dataset:
         raise UsageError("--dataset is empty: give a file, a folder or a data set on the Hub (owner/name)")
     path = Path(dataset)
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:
-        raise DatasetError(f"{shown(dataset)} cannot be read: {error.strerror}") from error
-    if is_file:
+    fingerprint = fingerprint or fingerprint_of(dataset)
+    if path.is_file():
         if split is not None:
             raise UsageError(f"--split {split!r}: {dataset!r} is one file and has no splits; leave --split out")
-        loaded, fingerprint = _load_file(path)
-    elif is_folder:
-        splits, fingerprint = _load_folder(path)
-        loaded, split = _choose_split(splits, dataset, split)
+        loaded = _load_file(path, str(fingerprint))
+    elif path.is_dir():
+        loaded, split = _choose_split(_load_folder(path), dataset, split)
     elif _HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(tuple(LOADERS)):
         loaded, split = _choose_split(_load_hub(dataset), dataset, split)
         fingerprint = loaded._fingerprint
@@ -160,13 +212,8 @@ def load_preferences(
     if len(loaded) == 0:
         raise DatasetError(f"{dataset!r} has no rows" + (f" in its split {split!r}" if split else ""))
     if limit is not None:
-        loaded = loaded.select(range(min(limit, len(loaded))))
-    try:
-        # The JSON loader lets bytes through that are not UTF-8, at which the reading of some later row would fail.
-        _used_columns(loaded, group_by).data.validate(full=True)
-    except ValueError as error:
-        raise _unreadable(dataset, error, _fault_in(path) if is_file else None) from error
-    return PreferenceSet(dataset, split, loaded, fingerprint, group_by)
+        loaded = loaded.take(min(limit, len(loaded)))
+    return PreferenceSet(dataset, split, loaded, str(fingerprint), group_by)
 
 
 def shown(value: object) -> str:
@@ -175,20 +222,19 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _load_file(path: Path) -> tuple["Dataset", str]:
+def _load_file(path: Path, fingerprint: str) -> "Dataset":
     """Read one file; its SHA-256 names the cached copy, so that a changed file is never served from the cache."""
     suffix = next((suffix for suffix in LOADERS if path.name.lower().endswith(suffix)), None)
     if suffix is None:
         raise DatasetError(f"{str(path)!r}: the suffix is not one of {', '.join(LOADERS)}; convert or rename the file")
     if path.stat().st_size == 0:
         raise DatasetError(f"{str(path)!r} is empty")
-    fingerprint = _sha256(path)
 
     from datasets import load_dataset
 
     try:
         with _quiet():
-            loaded = load_dataset(
+            return load_dataset(
                 LOADERS[suffix],
                 # The library takes a pattern, so a name such as `[a].jsonl` has to be written as one.
                 data_files=re.sub(r"([*?[])", r"[\1]", str(path.absolute())),
@@ -197,27 +243,22 @@ def _load_file(path: Path) -> tuple["Dataset", str]:
             )
     except Exception as error:
         raise _unreadable(str(path), error, _fault_in(path)) from error
-    return loaded, fingerprint
 
 
-def _load_folder(path: Path) -> tuple["Dataset | DatasetDict", str]:
+def _load_folder(path: Path) -> "Dataset | DatasetDict":
     """Read a folder that `save_to_disk` wrote, or one of data files."""
     if path.name.lower().endswith(tuple(LOADERS)):
         raise DatasetError(f"{str(path)!r} is a folder, not a file; give the file in it, or rename the folder")
 
     from datasets import load_dataset, load_from_disk
 
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{_sha256(file)}\0".encode())
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         with _quiet():
-            loaded = load_from_disk(str(path)) if saved else load_dataset(str(path.absolute()))
+            return load_from_disk(str(path)) if saved else load_dataset(str(path.absolute()))
     except Exception as error:
         hint = f"it needs data files ({', '.join(LOADERS)}) or what datasets.save_to_disk writes"
         raise _unreadable(str(path), error, hint) from error
-    return loaded, digest.hexdigest()
 
 
 def _load_hub(name: str) -> "DatasetDict":
@@ -268,6 +309,21 @@ def _check_columns(name: str, loaded: "Dataset", group_by: str | None) -> None:
 def _used_columns(loaded: "Dataset", group_by: str | None) -> "Dataset":
     """The columns that rows are made of, so that no other is decoded."""
     return loaded.select_columns([name for name in loaded.column_names if name in (*_COLUMNS, group_by)])
+
+
+def _mapped_anew(loaded: "Dataset") -> "Dataset":
+    """The same data set, its files mapped into memory once more.
+
+    What is read of a mapped file stays in memory as long as the mapping does, so a reader that goes through a large
+    set maps it anew now and then.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    if not loaded.cache_files or loaded._indices is not None:
+        return loaded
+    parts = [Dataset.from_file(file["filename"], info=loaded.info, split=loaded.split) for file in loaded.cache_files]
+    anew = concatenate_datasets(parts)
+    return anew if len(anew) == len(loaded) and anew.column_names == loaded.column_names else loaded
 
 
 def _parse(record: dict[str, Any], number: int, group_by: str | None) -> PreferenceRow:

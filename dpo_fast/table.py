@@ -48,24 +48,35 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
         table.add_row(name, key, f"{metrics[key]:.4f}", shown)
     console.print(table)
     if "groups" in metrics:
-        console.print(_groups(metrics["groups"]))
+        console.print(groups_table(metrics["groups"], "by group"))
     counts, timing = metrics["counts"], metrics["timing"]
     console.print(
         f"{counts['ties']:,} ties, {counts['truncated']:,} pairs truncated, {counts['skipped']:,} rows skipped; "
         f"aggregate {provenance['aggregate']}"
     )
-    console.print(
-        f"{timing['total_seconds']:.1f} s: scoring {timing['score_seconds']:.1f} "
-        f"({counts['pairs'] / max(timing['score_seconds'], 1e-9):.1f} pairs/s), tokenising "
-        f"{timing['tokenize_seconds']:.1f}, waiting for the engines {timing['load_seconds']:.1f}; "
-        f"{provenance['engine']}, {provenance['precision']}",
-        highlight=False,
+    console.print(f"{_time(timing, provenance)}; {provenance['engine']}, {provenance['precision']}", highlight=False)
+
+
+def _time(timing: dict[str, float], provenance: dict[str, Any]) -> str:
+    """What the time went to; of a merged run, what its shards' time went to."""
+    scoring = f"scoring {timing['score_seconds']:.1f}"
+    process = provenance.get("this_process")
+    if process is not None:
+        seconds = max(timing["score_seconds"], 1e-9)
+        pairs, tokens = process["scored_pairs"] / seconds, process["computed_tokens"] / seconds
+        busy = min(process["engine_seconds"] / seconds, 1)
+        scoring += f" ({pairs:,.1f} pairs/s, {tokens:,.0f} tokens/s; engines busy {busy:.0%} of it)"
+        if known := process["pairs_with_known_reference_scores"]:
+            scoring += f", the reference's scores of {known:,} pairs being known"
+    return (
+        f"{timing['total_seconds']:.1f} s: loading {timing['load_seconds']:.1f}, waiting for tokens "
+        f"{timing['tokenize_seconds']:.1f}, {scoring}, metrics {timing['metrics_seconds']:.1f}"
     )
 
 
-def _groups(groups: dict[str, dict[str, Any]]) -> Table:
-    """One line a group."""
-    table = Table(title="by group", title_justify="left", header_style="bold")
+def groups_table(groups: dict[str, dict[str, Any]], title: str) -> Table:
+    """One line a group: its `pairs`, and of its rewards the accuracy with its interval, and the margin."""
+    table = Table(title=title, title_justify="left", header_style="bold")
     for column in ("group", "pairs", "reward accuracy", "95 % interval", "reward margin"):
         table.add_column(column, justify="left" if column == "group" else "right")
     for name, group in groups.items():

@@ -157,6 +157,59 @@ class PairScores:
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionSums:
+    """`CompletionScores` without its tokens: sums that every metric and every setting can be computed from.
+
+    Sums over log-probs are parted where LD-DPO weighs tokens differently: column 0 is over the tokens up to the length
+    of the pair's shorter completion, column 1 over those beyond it (of which one completion of a pair has none).
+
+    Attributes:
+        lengths: (P,) int64, scored tokens of each completion.
+        log_probs: (P, 2) float64, nats: sums of the tokens' log-probs.
+        squares: (P, 2) float64, nats squared: sums of the squared log-probs.
+        entropy: (P,) float64, nats, summed over the completion's scored tokens.
+        mean_logit: (P,) float64, the tokens' mean logits, summed over the completion's scored tokens.
+        top1: (P,) int64, how many scored tokens are the model's first choice.
+        log_sum_sq_prob: (P,) float64, nats, summed over the completion's scored tokens.
+    """
+
+    lengths: Int64Array
+    log_probs: Float64Array
+    squares: Float64Array
+    entropy: Float64Array
+    mean_logit: Float64Array
+    top1: Int64Array
+    log_sum_sq_prob: Float64Array
+
+
+@dataclass(frozen=True, slots=True)
+class PairSums:
+    """`PairScores` without its tokens: some 320 bytes a pair, however long its completions are.
+
+    Attributes:
+        rows: (P,) int64, 1-based row numbers in the data set.
+        prompt_lengths: (P,) int64 tokens.
+        chosen_lengths: (P,) int64 tokens of the chosen completion, scored or not.
+        rejected_lengths: (P,) int64 tokens of the rejected completion, scored or not.
+        truncated: (P,) bool.
+        groups: one text a pair, or None without `--group-by`.
+        policy_chosen, policy_rejected: the policy's sums.
+        reference_chosen, reference_rejected: the reference's sums, both None when there is no reference.
+    """
+
+    rows: Int64Array
+    prompt_lengths: Int64Array
+    chosen_lengths: Int64Array
+    rejected_lengths: Int64Array
+    truncated: NDArray[np.bool_]
+    groups: list[str] | None
+    policy_chosen: CompletionSums
+    policy_rejected: CompletionSums
+    reference_chosen: CompletionSums | None
+    reference_rejected: CompletionSums | None
+
+
+@dataclass(frozen=True, slots=True)
 class LossSettings:
     """The loss and its parameters, with TRL's names and defaults (`trl.DPOConfig`).
 

@@ -9,6 +9,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of each test's own: nothing that another test computed is found, and the user's stays as it is."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DPO_FAST_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of a tiny Llama policy and its reference. Read only: copy them before changing anything."""

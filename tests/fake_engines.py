@@ -8,11 +8,12 @@ other completion, a wrong position) changes the hash.
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 from toy_tokenizers import byte_bpe
 
 from dpo_fast.batches import Batch, Layout
@@ -68,6 +69,10 @@ class FakeEngine:
         table = np.array(values, np.float32).reshape(len(values), len(OUTPUTS))
         return TokenScores(*table.T)
 
+    def with_gates(self, gates: Sequence[float]) -> "FakeEngine":
+        """Other gates are another model."""
+        return FakeEngine(f"{self.salt} with {list(gates)}", self.name)
+
 
 class FakeEngines:
     """Opens a fake engine for each role, and keeps them."""
@@ -112,6 +117,26 @@ def make_fake_bundle(
     )  # fmt: skip
     write_manifest(folder, manifest)
     return folder
+
+
+def pairs_alike(most: int = 8) -> st.SearchStrategy[list[TokenizedPair]]:
+    """Up to `most` pairs of few prompts and few completions, so that much is there several times.
+
+    As `dpo_fast.tokens` gives them: without a prompt, a completion has a second token, which can be scored.
+    """
+    token, texts = st.integers(1, 3), {}
+    for least in (1, 2):
+        texts[least] = st.lists(token, min_size=least, max_size=least + 2)
+    pair = st.one_of(
+        st.builds(make_pair, st.lists(token, min_size=1, max_size=2), texts[1], texts[1]),
+        st.builds(make_pair, st.just([]), texts[2], texts[2]),
+    )
+    return st.lists(pair, min_size=1, max_size=most).map(numbered)
+
+
+def numbered(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The pairs as rows 1, 2, …"""
+    return [replace(pair, row=row) for row, pair in enumerate(pairs, start=1)]
 
 
 def make_pair(

@@ -5,6 +5,7 @@ Every bad input must end with exit code 2 and one line that names the value and 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +139,15 @@ EVALUATE = ("evaluate", "bundle", "--dataset", "pairs.jsonl", "--output", "run")
         ([*EVALUATE, "--limit", "-1"], ["--limit -1"]),
         ([*EVALUATE, "--batch-size", "0"], ["--batch-size 0"]),
         ([*EVALUATE, "--token-budget", "0"], ["--token-budget 0"]),
+        ([*EVALUATE, "--token-budget", "many"], ["--token-budget 'many'", "auto"]),
+        ([*EVALUATE, "--part-size", "0"], ["--part-size 0"]),
+        ([*EVALUATE, "--shard", "2"], ["--shard '2'", "i/n"]),
+        ([*EVALUATE, "--shard", "3/2"], ["--shard 3/2"]),
+        ([*EVALUATE, "--threads", "-1"], ["--threads -1"]),
+        ([*EVALUATE, "--engines", "apart"], ["'apart'", "in-turn"]),
+        ([*EVALUATE, "--reference-scores", "nowhere"], ["--reference-scores nowhere", "holds no scores"]),
+        (["merge", "nowhere", "--output", "run"], ["nowhere/metrics.json: is missing"]),
+        (["merge", "--output", "run"], ["'RUN...'"]),
         ([*EVALUATE, "--max-length", "0"], ["--max-length 0"]),
         ([*EVALUATE, "--max-length", "100000"], ["--max-length 100000", "256"]),
         ([*EVALUATE, "--seed", "-1"], ["--seed -1"]),
@@ -225,8 +235,56 @@ def test_finished_run(dpo_fast_: Command, bundle: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "pairs.jsonl", ROWS)
     assert dpo_fast_(*EVALUATE).code == 0
 
-    assert_refused(dpo_fast_(*EVALUATE), "run: holds a finished run", "--overwrite")
-    assert dpo_fast_(*EVALUATE, "--overwrite").code == 0
+    assert dpo_fast_(*EVALUATE).code == 0  # nothing is left to do
+    other = (*EVALUATE, "--beta", "0.2")
+    assert_refused(dpo_fast_(*other), "run: holds a finished run with other settings", "--overwrite", "rescore run")
+    assert dpo_fast_(*other, "--overwrite").code == 0
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_shards_and_their_merging(dpo_fast_: Command, bundle: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", ROWS)
+    small = ("--part-size", "2", "--token-budget", "auto")
+    for shard in ("1/2", "2/2"):
+        arguments = ("evaluate", "bundle", "--dataset", "pairs.jsonl", "--output", f"run{shard[0]}", "--shard", shard)
+        assert dpo_fast_(*arguments, *small).code == 0
+
+    merged = dpo_fast_("merge", "run2", "run1", "--output", "run", "--json")
+
+    assert merged.code == 0
+    assert json.loads(merged.stdout)["counts"]["pairs"] == len(ROWS)
+    assert_refused(dpo_fast_("merge", "run2", "run1", "--output", "run"), "run: exists already", "--overwrite")
+    assert_refused(dpo_fast_("merge", "run1", "--output", "other"), "the shards 2/2 are missing")
+    table = dpo_fast_("merge", "run1", "run2", "--output", "run", "--overwrite")
+    assert "eval_loss" in table.stdout
+    assert "run: run (metrics.json)" in table.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_no_bug(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A process of its own, that sends itself the signal as its engine runs."""
+    dataset = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import dpo_fast.cli, dpo_fast.evaluate
+from fake_engines import FakeEngine
+
+class Signalled(FakeEngine):
+    def score(self, batch):
+        os.kill(os.getpid(), {int(number)})
+        return super().score(batch)
+
+dpo_fast.evaluate.open_engine = lambda bundle, role, threads: Signalled(role)
+sys.exit(dpo_fast.cli.run(sys.argv[1:]))
+"""
+    done = python("-c", script, "evaluate", str(bundle), "--dataset", dataset, "--output", str(tmp_path / "run"))
+
+    assert done.returncode == 128 + number
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"dpo-fast: {number.name}: stopped in part 0 of 1; what is finished is in ")
+    assert line.endswith("run the same command again, without --overwrite, to go on")
+    assert done.stdout == ""
 
 
 # Results.

@@ -1,9 +1,12 @@
 """The main job, with engines that need no model: what is written, what is taken again, what is refused."""
 
 import errno
+import gc
 import json
 import math
 import os
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from fake_engines import ROWS, FakeEngine, FakeEngines, expected, make_fake_bundle, write_rows
 
 import dpo_fast.evaluate
+import dpo_fast.memory
 from dpo_fast.batches import Batch
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.errors import (
@@ -22,12 +26,15 @@ from dpo_fast.errors import (
     DatasetError,
     EngineOutputError,
     InputError,
+    InterruptedRunError,
     OutputExistsError,
     RowError,
     StorageError,
     UsageError,
 )
 from dpo_fast.evaluate import METRICS, SKIPPED, EvaluateOptions, evaluate
+from dpo_fast.merge import merge
+from dpo_fast.run_folder import locked
 from dpo_fast.store import ScoreStore
 from dpo_fast.tokens import load_tokenizer, tokenize_pair
 from dpo_fast.types import LossSettings, PreferenceRow, TokenScores
@@ -118,7 +125,9 @@ def test_metrics_json_has_the_documented_keys_in_order(bundle: Path, dataset: st
     assert metrics == json.loads(json.dumps(returned))
     assert list(metrics) == [*TRL_KEYS, "counts", "completion_lengths", "intervals", "timing", "provenance"]
     assert set(metrics["counts"]) == {"pairs", "ties", "truncated", "skipped", "tokens"}
-    assert list(metrics["timing"]) == ["load_seconds", "tokenize_seconds", "score_seconds", "total_seconds"]
+    assert list(metrics["timing"]) == [
+        "load_seconds", "tokenize_seconds", "score_seconds", "metrics_seconds", "total_seconds",
+    ]  # fmt: skip
     assert {"versions", "hardware", "recipe", "models", "dataset", "settings"} <= set(metrics["provenance"])
     for key, (low, high) in metrics["intervals"].items():
         assert low <= metrics[key] <= high
@@ -262,7 +271,7 @@ def test_skipped_rows_are_listed_and_counted(bundle: Path, run: Path, tmp_path: 
     assert [row["row"] for row in skipped] == [1, 3]
     assert "is empty" in skipped[0]["reason"]
     assert "--max-length 64" in skipped[1]["reason"]
-    assert ScoreStore(run / "scores").read(1).rows.tolist() == [2, 4]
+    assert ScoreStore(run / "scores").read_part(0).rows.tolist() == [2, 4]
 
 
 def test_a_set_without_a_usable_row_is_refused(bundle: Path, run: Path, tmp_path: Path) -> None:
@@ -285,58 +294,54 @@ def test_a_faulty_engine_leaves_nothing(bundle: Path, dataset: str, run: Path, a
     assert not run.exists()
 
 
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three parts of the five rows."""
-    monkeypatch.setattr(dpo_fast.evaluate, "PAIRS_PER_PART", 2)
+SMALL = EvaluateOptions(part_size=2, token_budget=1000)  # three parts of the five rows, two batches each
 
 
 def interrupt(bundle: Path, dataset: str, run: Path) -> None:
-    """Break off after the first part: with this budget a part is two batches, one of each model."""
+    """Break off in the second part: a part is two batches, one of each model."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate(bundle, dataset, run, EvaluateOptions(token_budget=1000), engine=Failing(3, KeyboardInterrupt()))
-    assert sorted(content(run)) == ["scores/part-00000.parquet"]
+        evaluate(bundle, dataset, run, SMALL, engine=Failing(3, KeyboardInterrupt()))
+    assert sorted(content(run)) == ["scores/SHA256SUMS", "scores/part-00000.parquet"]
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])  # or the reference's scores would be found there
 
 
-@pytest.mark.usefixtures("small_parts")
 def test_an_interrupted_run_goes_on_where_it_was(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
-    options = EvaluateOptions(token_budget=1000)
     whole_engines, engines = FakeEngines(), FakeEngines()
-    whole = evaluate(bundle, dataset, tmp_path / "whole", options, engine=whole_engines)
+    whole = evaluate(bundle, dataset, tmp_path / "whole", SMALL, engine=whole_engines)
     assert whole_engines.calls == 6  # three parts under two models
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])
     interrupt(bundle, dataset, run)
     first = (run / "scores" / "part-00000.parquet").stat().st_mtime_ns
 
-    resumed = evaluate(bundle, dataset, run, options, engine=engines)
+    resumed = evaluate(bundle, dataset, run, SMALL, engine=engines)
 
     assert engines.calls == 4
     assert (run / "scores" / "part-00000.parquet").stat().st_mtime_ns == first
-    for metrics in (whole, resumed):
-        del metrics["timing"]
-    assert resumed["provenance"].pop("computed_tokens") < whole["provenance"].pop("computed_tokens")
-    del whole["provenance"]["padding_tokens"], resumed["provenance"]["padding_tokens"]
+    computed = [metrics["provenance"].pop("this_process")["computed_tokens"] for metrics in (whole, resumed)]
+    assert computed[1] < computed[0]
+    del whole["timing"], resumed["timing"]
     assert resumed == whole
+    assert content(run / "scores") == content(tmp_path / "whole" / "scores")
 
 
-@pytest.mark.usefixtures("small_parts")
 def test_other_losses_need_no_scores_again(bundle: Path, dataset: str, run: Path) -> None:
     """The loss is no part of what the scores depend on."""
     interrupt(bundle, dataset, run)
     engines = FakeEngines()
-    options = EvaluateOptions(token_budget=1000, loss=LossSettings(beta=0.7, loss_type=("ipo",)))
+    options = replace(SMALL, loss=LossSettings(beta=0.7, loss_type=("ipo",)))
 
     evaluate(bundle, dataset, run, options, engine=engines)
 
     assert engines.calls == 4
 
 
-@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (EvaluateOptions(max_length=9), "token ids"),
-        (EvaluateOptions(group_by="kind"), "row numbers, truncation or groups"),
-        (EvaluateOptions(loss=LossSettings(reference_free="sum")), "reference scores differ"),
+        (replace(SMALL, max_length=9), "pairs differ in row numbers, truncation or groups, token ids"),
+        (replace(SMALL, part_size=3), "pairs differ in row numbers, truncation or groups, token ids"),
+        (replace(SMALL, group_by="kind"), "pairs differ in row numbers, truncation or groups"),
+        (replace(SMALL, loss=LossSettings(reference_free="sum")), "reference scores differ"),
     ],
 )
 def test_an_unfinished_run_of_something_else_is_refused(
@@ -346,7 +351,7 @@ def test_an_unfinished_run_of_something_else_is_refused(
     before = content(run)
     engines = FakeEngines()
 
-    with pytest.raises(OutputExistsError, match=f"unfinished run.*{says}.*--overwrite"):
+    with pytest.raises(OutputExistsError, match=f"holds a run whose {says}.*--overwrite"):
         evaluate(bundle, dataset, run, options, engine=engines)
 
     assert engines.calls == 0
@@ -354,7 +359,6 @@ def test_an_unfinished_run_of_something_else_is_refused(
     evaluate(bundle, dataset, run, replace(options, overwrite=True), engine=FakeEngines())
 
 
-@pytest.mark.usefixtures("small_parts")
 def test_an_unfinished_run_of_other_weights_or_engine_is_refused(
     bundle: Path, dataset: str, run: Path, tmp_path: Path
 ) -> None:
@@ -362,61 +366,316 @@ def test_an_unfinished_run_of_other_weights_or_engine_is_refused(
     other = make_fake_bundle(tmp_path / "other", weights=b"others")
 
     with pytest.raises(OutputExistsError, match="differ in weights and graph"):
-        evaluate(other, dataset, run, engine=FakeEngines())
+        evaluate(other, dataset, run, SMALL, engine=FakeEngines())
     with pytest.raises(OutputExistsError, match="differ in engine"):
-        evaluate(bundle, dataset, run, engine=FakeEngines(name="fake 2.0"))
+        evaluate(bundle, dataset, run, SMALL, engine=FakeEngines(name="fake 2.0"))
     plain = make_fake_bundle(tmp_path / "plain", layout="plain")
     with pytest.raises(OutputExistsError, match="differ in layout"):
-        evaluate(plain, dataset, run, engine=FakeEngines())
+        evaluate(plain, dataset, run, SMALL, engine=FakeEngines())
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_an_unfinished_run_of_more_pairs_is_refused(bundle: Path, dataset: str, run: Path) -> None:
+def test_an_unfinished_run_of_more_rows_is_refused(bundle: Path, dataset: str, run: Path) -> None:
     """Its further parts would stay beside the finished run's, and be taken for its own."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate(bundle, dataset, run, EvaluateOptions(token_budget=1000), engine=Failing(5, KeyboardInterrupt()))
-    assert len(content(run)) == 2
+        evaluate(bundle, dataset, run, SMALL, engine=Failing(5, KeyboardInterrupt()))
+    assert len(content(run)) == 3
 
-    with pytest.raises(OutputExistsError, match="unfinished run of more than 2 pairs"):
-        evaluate(bundle, dataset, run, EvaluateOptions(limit=2), engine=FakeEngines())
+    with pytest.raises(OutputExistsError, match=r"unfinished run of other rows \(part-00001\.parquet is none of"):
+        evaluate(bundle, dataset, run, replace(SMALL, limit=2), engine=FakeEngines())
 
-    metrics = evaluate(bundle, dataset, run, EvaluateOptions(limit=2, overwrite=True), engine=FakeEngines())
+    metrics = evaluate(bundle, dataset, run, replace(SMALL, limit=2, overwrite=True), engine=FakeEngines())
     assert metrics["counts"]["pairs"] == 2
-    assert sorted(content(run)) == [METRICS, "scores/part-00000.parquet", SKIPPED]
+    assert sorted(content(run)) == [METRICS, "scores/SHA256SUMS", "scores/part-00000.parquet", SKIPPED]
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_a_damaged_part_is_named(bundle: Path, dataset: str, run: Path) -> None:
-    interrupt(bundle, dataset, run)
-    part = run / "scores" / "part-00000.parquet"
-    part.write_bytes(part.read_bytes()[:-20])
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
 
-    with pytest.raises(StorageError, match=r"part-00000\.parquet: cannot be read; remove it"):
-        evaluate(bundle, dataset, run, engine=FakeEngines())
 
-    part.unlink()
-    evaluate(bundle, dataset, run, engine=FakeEngines())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose_the_checksum(path: Path) -> None:
+    (path.parent / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, lose_the_checksum])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_damaged_part_is_computed_again(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path, damage: Callable[[Path], None], finished: bool
+) -> None:
+    whole = evaluate(bundle, dataset, tmp_path / "whole", SMALL, engine=FakeEngines())
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+    if finished:
+        evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+        shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+    else:
+        interrupt(bundle, dataset, run)
+    damage(run / "scores" / "part-00000.parquet")
+
+    metrics = evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+
+    assert content(run / "scores") == content(tmp_path / "whole" / "scores")
+    assert {key: metrics[key] for key in TRL_KEYS} == {key: whole[key] for key in TRL_KEYS}
 
 
 def test_a_bar_is_shown_on_request(bundle: Path, dataset: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(bundle, dataset, run, EvaluateOptions(progress=True), engine=FakeEngines())
 
-    assert "20/20" in capsys.readouterr().err  # both completions of five pairs, under two models
+    shown = capsys.readouterr().err
+    assert "5/5 pairs" in shown
+    assert "pairs/s" in shown
+    assert "tokens/s" in shown
+    assert "left" in shown
+
+
+# Scores of the reference that are there already.
+
+
+def test_one_pass_of_the_reference_serves_every_policy(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
+    """The cache finds them by itself, and the numbers are those of a run that computed everything."""
+    first = evaluate(bundle, dataset, tmp_path / "first", SMALL, engine=FakeEngines())
+    assert first["provenance"]["this_process"]["pairs_with_known_reference_scores"] == 0
+    engines = FakeEngines()
+
+    second = evaluate(bundle, dataset, run, SMALL, engine=engines)
+
+    assert set(engines.engines) == {POLICY}
+    assert second["provenance"]["this_process"]["pairs_with_known_reference_scores"] == 5
+    assert {key: second[key] for key in TRL_KEYS} == {key: first[key] for key in TRL_KEYS}
+
+
+def test_reference_scores_of_a_run_that_is_named(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
+    first = evaluate(bundle, dataset, tmp_path / "first", SMALL, engine=FakeEngines())
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+    engines = FakeEngines()
+
+    options = replace(SMALL, reference_scores=tmp_path / "first")
+    second = evaluate(bundle, dataset, run, options, engine=engines)
+
+    assert set(engines.engines) == {POLICY}
+    assert {key: second[key] for key in TRL_KEYS} == {key: first[key] for key in TRL_KEYS}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (replace(SMALL, part_size=3), "differ in token ids"),
+        (replace(SMALL, max_length=9), "differ in token ids"),
+        (replace(SMALL, limit=1), "differ in token ids"),
+    ],
+)
+def test_reference_scores_of_other_tokens_are_refused(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path, change: EvaluateOptions, says: str
+) -> None:
+    evaluate(bundle, dataset, tmp_path / "first", SMALL, engine=FakeEngines())
+
+    with pytest.raises(UsageError, match=f"--reference-scores .*first: its reference scores {says}"):
+        evaluate(bundle, dataset, run, replace(change, reference_scores=tmp_path / "first"), engine=FakeEngines())
+
+
+def test_reference_scores_of_another_model_or_of_none_are_refused(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path
+) -> None:
+    evaluate(bundle, dataset, tmp_path / "first", SMALL, engine=FakeEngines())
+    other = make_fake_bundle(tmp_path / "other", weights=b"others")
+    options = replace(SMALL, reference_scores=tmp_path / "first")
+
+    with pytest.raises(UsageError, match="its reference scores differ in weights and graph"):
+        evaluate(other, dataset, run, options, engine=FakeEngines())
+    with pytest.raises(UsageError, match="holds no scores"):
+        evaluate(bundle, dataset, run, replace(SMALL, reference_scores=tmp_path), engine=FakeEngines())
+
+
+# Memory, budgets, shards.
+
+
+def test_in_turn_never_has_two_engines(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
+    alive: list[str] = []
+    most = 0
+
+    class Counted(FakeEngine):
+        def __init__(self, salt: str) -> None:
+            super().__init__(salt)
+            alive.append(salt)
+            nonlocal most
+            most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            alive.remove(self.salt)
+
+    together = evaluate(bundle, dataset, tmp_path / "together", SMALL, engine=lambda _, role: Counted(role))
+    assert most == 2
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+    gc.collect()
+    most = 0
+
+    in_turn = evaluate(bundle, dataset, run, replace(SMALL, engines="in-turn"), engine=lambda _, role: Counted(role))
+
+    assert most == 1
+    assert in_turn["provenance"]["engines"] == "in-turn"
+    assert content(run / "scores").keys() == content(tmp_path / "together" / "scores").keys()
+    assert {key: in_turn[key] for key in TRL_KEYS} == {key: together[key] for key in TRL_KEYS}
+
+
+def test_memory_that_is_short_means_in_turn(
+    bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo_fast.memory, "available_memory", lambda: 10)
+
+    metrics = evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+
+    assert metrics["provenance"]["engines"] == "in-turn"
+
+
+def test_a_tuned_budget_is_recorded_and_kept(
+    bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo_fast.evaluate, "tune_token_budget", lambda *_: 321)
+    options = replace(SMALL, token_budget="auto")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bundle, dataset, run, options, engine=Failing(3, KeyboardInterrupt()))
+    monkeypatch.setattr(dpo_fast.evaluate, "tune_token_budget", lambda *_: pytest.fail("it was tuned already"))
+
+    metrics = evaluate(bundle, dataset, run, options, engine=FakeEngines())
+
+    assert metrics["provenance"]["token_budget"] == 321
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_merged_shards_are_one_run(bundle: Path, dataset: str, run: Path, tmp_path: Path, shards: int) -> None:
+    """Parts byte for byte, and every number; rows that are skipped too."""
+    rows = write_rows(tmp_path / "skips.jsonl", [ROWS[0], EMPTY, *ROWS[1:]])
+    options = replace(SMALL, on_error="skip", group_by="kind")
+    whole = evaluate(bundle, rows, tmp_path / "whole", options, engine=FakeEngines())
+    folders = [tmp_path / f"shard{number}" for number in range(1, shards + 1)]
+    for number, folder in enumerate(folders, start=1):
+        shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+        evaluate(bundle, rows, folder, replace(options, shard=(number, shards)), engine=FakeEngines())
+
+    merged = merge(folders[::-1], run)
+
+    assert content(run / "scores") == content(tmp_path / "whole" / "scores")
+    assert (run / SKIPPED).read_bytes() == (tmp_path / "whole" / SKIPPED).read_bytes()
+    for metrics in (merged, whole):
+        del metrics["timing"]
+        for name in ("shards", "this_process", "engines"):
+            metrics["provenance"].pop(name, None)
+    assert merged == json.loads(json.dumps(whole))
+    assert json.loads((run / METRICS).read_text())["eval_loss"] == whole["eval_loss"]
+
+
+def test_shards_that_do_not_fit_are_refused(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / f"shard{number}" for number in (1, 2, 3)]
+    for number, folder in enumerate(folders, start=1):
+        evaluate(bundle, dataset, folder, replace(SMALL, shard=(number, 3)), engine=FakeEngines())
+    evaluate(bundle, dataset, tmp_path / "whole", SMALL, engine=FakeEngines())
+    evaluate(bundle, dataset, tmp_path / "half", replace(SMALL, shard=(1, 2)), engine=FakeEngines())
+    evaluate(
+        bundle,
+        dataset,
+        tmp_path / "beta",
+        replace(SMALL, shard=(2, 3), loss=LossSettings(beta=1)),
+        engine=FakeEngines(),
+    )
+
+    for runs, says in [
+        (folders[:2], "the shards 3/3 are missing"),
+        ([folders[0], tmp_path / "whole"], "is a run over the whole set"),
+        ([folders[0], tmp_path / "half"], "differs from .* in the number of shards"),
+        ([folders[0], tmp_path / "beta", folders[2]], "differs from .* in settings"),
+        ([], "no runs to merge"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            merge(runs, run)
+    flip_a_bit(folders[1] / "scores" / "part-00001.parquet")
+    with pytest.raises(StorageError, match=r"part-00001\.parquet: is damaged; evaluate that shard again"):
+        merge(folders, run)
+    (folders[1] / METRICS).unlink()
+    with pytest.raises(StorageError, match="so the run is not finished"):
+        merge(folders, run)
+    assert not run.exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_processes_on_one_run(bundle: Path, dataset: str, run: Path) -> None:
+    run.mkdir()
+    with locked(run), pytest.raises(OutputExistsError, match="another process is writing this run"):
+        evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+
+    evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_batch_and_says_how_to_go_on(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = evaluate(bundle, dataset, tmp_path / "whole", SMALL, engine=FakeEngines())
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+    engines = FakeEngines()
+
+    class Signalled(FakeEngine):
+        def score(self, batch: Batch) -> TokenScores:
+            if engines.calls == 2:
+                os.kill(os.getpid(), number)
+            return super().score(batch)
+
+    def open_one(bundle: Bundle, role: str) -> FakeEngine:
+        engines.engines[role] = Signalled(salt=role)
+        return engines.engines[role]
+
+    with pytest.raises(
+        InterruptedRunError, match=f"{number.name}: stopped in part 1 of 3.*run the same command"
+    ) as caught:
+        evaluate(bundle, dataset, run, SMALL, engine=open_one)
+    assert caught.value.exit_code == 128 + number
+    assert engines.calls == 3  # the batch was finished, and no other begun
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+    resumed = evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+    assert content(run / "scores") == content(tmp_path / "whole" / "scores")
+    assert {key: resumed[key] for key in TRL_KEYS} == {key: whole[key] for key in TRL_KEYS}
 
 
 # Outputs that exist.
 
 
-def test_a_finished_run_is_kept_unless_overwritten(bundle: Path, dataset: str, run: Path) -> None:
+def test_a_finished_run_goes_on_to_the_same_numbers(bundle: Path, dataset: str, run: Path) -> None:
+    first = evaluate(bundle, dataset, run, engine=FakeEngines())
+    before, engines = content(run / "scores"), FakeEngines()
+
+    second = evaluate(bundle, dataset, run, engine=engines)
+
+    assert engines.calls == 0
+    assert content(run / "scores") == before
+    del first["provenance"]["this_process"], second["provenance"]["this_process"], first["timing"], second["timing"]
+    assert second == first
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (EvaluateOptions(loss=LossSettings(beta=0.2)), "other settings"),
+        (EvaluateOptions(limit=2), "other limit"),
+        (EvaluateOptions(aggregate="trl"), "other aggregate, batch_size"),
+    ],
+)
+def test_a_finished_run_of_something_else_is_kept_unless_overwritten(
+    bundle: Path, dataset: str, run: Path, options: EvaluateOptions, says: str
+) -> None:
     evaluate(bundle, dataset, run, engine=FakeEngines())
     before, engines = content(run), FakeEngines()
 
-    with pytest.raises(OutputExistsError, match=r"holds a finished run.*--overwrite"):
-        evaluate(bundle, dataset, run, engine=engines)
+    with pytest.raises(OutputExistsError, match=f"holds a finished run with {says}.*--overwrite"):
+        evaluate(bundle, dataset, run, options, engine=engines)
     assert content(run) == before
+    assert engines.calls == 0
 
-    evaluate(bundle, dataset, run, EvaluateOptions(limit=2, overwrite=True), engine=engines)
-    assert json.loads((run / METRICS).read_text())["counts"]["pairs"] == 2
+    evaluate(bundle, dataset, run, replace(options, overwrite=True), engine=engines)
+    assert json.loads((run / METRICS).read_text())["provenance"]["limit"] == options.limit
 
 
 def test_bad_input_does_not_cost_the_run_that_would_be_overwritten(bundle: Path, dataset: str, run: Path) -> None:
@@ -582,6 +841,11 @@ def test_conversations_need_a_chat_template(bundle: Path, run: Path, tmp_path: P
         (EvaluateOptions(limit=0), "--limit 0 must be at least 1"),
         (EvaluateOptions(max_length=0), "--max-length 0 must be at least 1"),
         (EvaluateOptions(max_length=257), "--max-length 257: the policy has positions for 256 tokens"),
+        (EvaluateOptions(part_size=0), "--part-size 0 must be at least 1"),
+        (EvaluateOptions(threads=-1), "--threads -1 must be at least 0"),
+        (EvaluateOptions(shard=(0, 2)), "--shard 0/2: shards are numbered from 1"),
+        (EvaluateOptions(shard=(3, 2)), "--shard 3/2: shards are numbered from 1"),
+        (EvaluateOptions(shard=(1, 2)), "--shard 1/2: 5 rows are 1 parts of 1024, fewer than shards"),
         (EvaluateOptions(seed=-1), "--seed -1 must be at least 0"),
         (EvaluateOptions(group_by="colour"), "--group-by 'colour'"),
         (EvaluateOptions(split="test"), "--split 'test'"),
@@ -609,7 +873,6 @@ def raise_overflow(*arguments: object, **keywords: object) -> Callable[..., Any]
     raise UsageError("eval_loss is inf: the numbers overflow; change the loss")
 
 
-@pytest.mark.usefixtures("small_parts")
 def test_scores_outlive_a_loss_that_overflows(
     bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,3 +885,58 @@ def test_scores_outlive_a_loss_that_overflows(
     evaluate(bundle, dataset, run, engine=engines)
 
     assert engines.calls == 0
+
+
+# The disk, and what must not matter.
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_disk_that_fills_up_loses_nothing_that_was_finished(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """At the first to fourth sync of a run: of a part, or of the list of checksums."""
+    evaluate(bundle, dataset, tmp_path / "whole", SMALL, engine=FakeEngines())
+    shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+    calls, sync = 0, os.fsync
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        # The first one is of what the token cache says of the set.
+        if calls == failing + 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left on device; free some space"):
+            evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+    left = content(run) if run.exists() else {}
+    assert all(name.startswith("scores/") and "/." not in name for name in left)
+
+    evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+
+    assert content(run / "scores") == content(tmp_path / "whole" / "scores")
+
+
+def test_neither_budget_nor_threads_nor_part_size_matter(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A real engine: every token's log-prob within 1e-5 nats, whatever it was computed beside."""
+    rows = [
+        {"prompt": f"{'The sky is' * (n % 7 + 1)}", "chosen": f"{' blue' * (n % 4 + 1)}", "rejected": f" {n} is it?"}
+        for n in range(23)
+    ]
+    dataset = write_rows(tmp_path / "rows.jsonl", rows)
+    log_probs = []
+    for number, (budget, threads, part_size) in enumerate([(1, 1, 1024), (100, 1, 5), (700, 2, 9), (10_000, 2, 1024)]):
+        options = EvaluateOptions(token_budget=budget, threads=threads, part_size=part_size)
+        run = tmp_path / f"run{number}"
+        evaluate(tiny_bundle, dataset, run, options)
+        shutil.rmtree(os.environ["DPO_FAST_CACHE"])
+        parts = list(ScoreStore(run / "scores").read())
+        columns = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+        log_probs.append([np.concatenate([getattr(part, name).log_probs for part in parts]) for name in columns])
+
+    for other in log_probs[1:]:
+        for found, expected_values in zip(other, log_probs[0], strict=True):
+            assert found.size > 50
+            assert np.abs(found - expected_values).max() < 1e-5

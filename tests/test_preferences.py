@@ -385,7 +385,7 @@ def test_bad_file(case: str, tmp_path: Path) -> None:
     name, content, reason = BAD_FILES[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DatasetError) as error:
-        load_preferences(str(tmp_path / name))
+        list(load_preferences(str(tmp_path / name)).rows())
     message = one_line(error)
     assert name in message
     assert reason in message

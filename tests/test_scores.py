@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from fake_engines import FakeEngine, expected, make_pair
+from fake_engines import FakeEngine, expected, make_pair, numbered, pairs_alike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,9 @@ from dpo_fast.engines import open_engine
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError, EngineOutputError
 from dpo_fast.metrics.summary import compute_metrics
+from dpo_fast.metrics.sums import sum_tokens
 from dpo_fast.scores import LOG_PROB_ROUNDING, ScoredPairs, score_pairs
+from dpo_fast.token_table import make_table
 from dpo_fast.types import CompletionScores, LossSettings, PairScores, TokenizedPair, TokenScores
 
 # Float32 sums in another order: some 1e-6 nats of a log-prob of some nats, a few operations deep.
@@ -33,23 +35,28 @@ def pairs_of(largest: int, most: int) -> st.SearchStrategy[list[TokenizedPair]]:
     pair = st.one_of(
         st.builds(make_pair, tokens, tokens, tokens), st.builds(make_pair, st.just([]), two_tokens, two_tokens)
     )
-    return st.lists(pair, min_size=1, max_size=most).map(
-        lambda pairs: [replace(pair, row=number) for number, pair in enumerate(pairs, start=1)]
-    )
+    return st.lists(pair, min_size=1, max_size=most).map(numbered)
+
+
+def score(pairs: Sequence[TokenizedPair], engine: Engine, layout: Layout, token_budget: int) -> ScoredPairs:
+    return score_pairs(make_table(pairs), engine, layout=layout, token_budget=token_budget)
 
 
 def per_pair(completions: CompletionScores) -> list[np.ndarray]:
     return np.split(completions.log_probs, np.cumsum(completions.lengths)[:-1])
 
 
-@given(pairs_of(6, 10), st.sampled_from(LAYOUTS), st.integers(1, 80), st.randoms())
+@given(st.one_of(pairs_of(6, 10), pairs_alike(10)), st.sampled_from(LAYOUTS), st.integers(1, 80), st.randoms())
 def test_scores_are_each_completion_s_own(
     pairs: list[TokenizedPair], layout: Layout, token_budget: int, random: Random
 ) -> None:
-    """Whatever the order of the pairs, the budget and the layout, scores equal those of single sequences, exactly."""
+    """Whatever the order of the pairs, the budget and the layout, scores equal those of single sequences, exactly.
+
+    However much pairs have in common, too: a prompt, a completion, all of it.
+    """
     random.shuffle(pairs)
     engine = FakeEngine()
-    scored = score_pairs(pairs, engine, layout=layout, token_budget=token_budget)
+    scored = score(pairs, engine, layout, token_budget)
 
     for completions, branch in ((scored.chosen, "chosen_ids"), (scored.rejected, "rejected_ids")):
         wanted = [np.array(expected(pair.prompt_ids, getattr(pair, branch))).reshape(-1, 5) for pair in pairs]
@@ -65,13 +72,26 @@ def test_scores_are_each_completion_s_own(
     assert scored.padding == sum(int((batch.segment_ids < 0).sum()) for batch in engine.batches)
 
 
-def test_progress_is_told_of_each_batch() -> None:
-    pairs = [make_pair([1], [2], [3], row) for row in (1, 2, 3)]
-    seen: list[int] = []
+@given(pairs_alike(10), st.sampled_from(LAYOUTS), st.integers(1, 80))
+def test_a_completion_is_computed_once(pairs: list[TokenizedPair], layout: Layout, token_budget: int) -> None:
+    engine = FakeEngine()
+    score(pairs, engine, layout, token_budget)
 
-    score_pairs(pairs, FakeEngine(), layout="plain", token_budget=4, on_batch=lambda b: seen.append(len(b.completions)))
+    completions = {
+        (tuple(pair.prompt_ids), tuple(ids)) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)
+    }
+    targets = sum(len(ids) - (not prompt) for prompt, ids in completions)
+    assert sum(len(batch.target_ids) for batch in engine.batches) == targets
 
-    assert seen == [2, 2, 2]
+
+def test_scores_of_no_pairs() -> None:
+    """A part of which no row can be used has none."""
+    engine = FakeEngine()
+    scored = score([], engine, "shared", 100)
+
+    assert engine.batches == []
+    assert scored.chosen.log_probs.shape == scored.rejected.lengths.shape == scored.chosen.entropy.shape == (0,)
+    assert (scored.tokens, scored.padding) == (0, 0)
 
 
 class FaultyEngine:
@@ -112,7 +132,7 @@ def test_impossible_value_is_refused_with_the_row_and_the_token(
     pairs = [make_pair([11], [21, 22], [31], row=8), make_pair([12], [41], [51, 52], row=9)]
 
     with pytest.raises(EngineOutputError) as caught:
-        score_pairs(pairs, FaultyEngine(spoil(name, value, position)), layout="shared", token_budget=100)
+        score(pairs, FaultyEngine(spoil(name, value, position)), "shared", 100)
 
     message = str(caught.value)
     assert message.startswith(f"row {row}: ")
@@ -123,7 +143,7 @@ def test_impossible_value_is_refused_with_the_row_and_the_token(
 def test_a_log_prob_that_float32_rounded_above_zero_is_taken() -> None:
     engine = FaultyEngine(spoil("log_prob", LOG_PROB_ROUNDING / 2, 0))
 
-    assert score_pairs([make_pair([1], [2], [3])], engine, layout="shared", token_budget=100).chosen.log_probs[0] > 0
+    assert score([make_pair([1], [2], [3])], engine, "shared", 100).chosen.log_probs[0] > 0
 
 
 def cut(scores: TokenScores) -> TokenScores:
@@ -153,7 +173,7 @@ def column(scores: TokenScores) -> TokenScores:
 )
 def test_too_few_or_too_many_values_are_refused(fault: Callable[[TokenScores], TokenScores], says: str) -> None:
     with pytest.raises(EngineOutputError) as caught:
-        score_pairs([make_pair([1], [2, 3], [4], row=7)], FaultyEngine(fault), layout="shared", token_budget=100)
+        score([make_pair([1], [2, 3], [4], row=7)], FaultyEngine(fault), "shared", 100)
 
     assert says in str(caught.value)
     assert "row 7" in str(caught.value)
@@ -183,13 +203,17 @@ def assert_same(one: ScoredPairs, other: ScoredPairs) -> None:
 
 @pytest.mark.slow  # exports a model
 @few_examples
-@given(pairs=pairs_of(20, 8), layout=st.sampled_from(LAYOUTS), token_budget=st.sampled_from([1, 64, 200, 100_000]))
+@given(
+    pairs=st.one_of(pairs_of(20, 8), pairs_alike()),
+    layout=st.sampled_from(LAYOUTS),
+    token_budget=st.sampled_from([1, 64, 200, 100_000]),
+)
 def test_batch_size_padding_and_layout_change_no_score_of_the_real_engine(
     engines: dict[str, Engine], pairs: list[TokenizedPair], layout: Layout, token_budget: int
 ) -> None:
-    alone = score_pairs(pairs, engines[POLICY], layout="plain", token_budget=1)
+    alone = score(pairs, engines[POLICY], "plain", 1)
 
-    assert_same(score_pairs(pairs, engines[POLICY], layout=layout, token_budget=token_budget), alone)
+    assert_same(score(pairs, engines[POLICY], layout, token_budget), alone)
 
 
 @pytest.mark.slow
@@ -200,8 +224,8 @@ def test_order_changes_no_score_of_the_real_engine(
 ) -> None:
     order = data.draw(st.permutations(range(len(pairs))))
 
-    scored = score_pairs(pairs, engines[POLICY], layout="shared", token_budget=200)
-    shuffled = score_pairs([pairs[index] for index in order], engines[POLICY], layout="shared", token_budget=200)
+    scored = score(pairs, engines[POLICY], "shared", 200)
+    shuffled = score([pairs[index] for index in order], engines[POLICY], "shared", 200)
 
     for mine, theirs in ((scored.chosen, shuffled.chosen), (scored.rejected, shuffled.rejected)):
         back = [None] * len(pairs)
@@ -219,7 +243,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin(
 ) -> None:
     swapped = [replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) for pair in pairs]
 
-    metrics, mirrored = (compute_metrics(scores_of(rows, engines), LossSettings()) for rows in (pairs, swapped))
+    metrics, mirrored = (
+        compute_metrics(sum_tokens(scores_of(rows, engines)), LossSettings()) for rows in (pairs, swapped)
+    )
 
     # Beta times the sum of up to 12 log-probs under two models on both sides.
     tolerance = 0.1 * 4 * 12 * ENGINE_TOLERANCE
@@ -229,7 +255,7 @@ def test_swapping_chosen_and_rejected_negates_the_margin(
 
 
 def scores_of(pairs: Sequence[TokenizedPair], engines: dict[str, Engine]) -> PairScores:
-    scored = {role: score_pairs(pairs, engine, layout="shared", token_budget=100) for role, engine in engines.items()}
+    scored = {role: score(pairs, engine, "shared", 100) for role, engine in engines.items()}
     return PairScores(
         rows=np.array([pair.row for pair in pairs]),
         prompt_lengths=np.array([len(pair.prompt_ids) for pair in pairs]),
@@ -249,7 +275,9 @@ def test_swapping_with_the_fake_engine_negates_the_margin_exactly() -> None:
     pairs = [make_pair([1, 2], [3, 4, 5], [6]), make_pair([1], [7], [8, 9]), make_pair([], [1, 2], [3, 4])]
     swapped = [replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) for pair in pairs]
 
-    metrics, mirrored = (compute_metrics(scores_of(rows, engines), LossSettings()) for rows in (pairs, swapped))
+    metrics, mirrored = (
+        compute_metrics(sum_tokens(scores_of(rows, engines)), LossSettings()) for rows in (pairs, swapped)
+    )
 
     assert metrics["eval_rewards/margins"] == pytest.approx(-mirrored["eval_rewards/margins"], abs=1e-12)  # float64
     assert metrics["eval_rewards/margins"] != 0
@@ -262,7 +290,7 @@ def test_the_real_engine_names_itself_and_refuses_ids_beyond_the_vocabulary(engi
     assert engine.precision == "fp32"
 
     with pytest.raises(EngineOutputError, match=r"failed at a batch of 1 x 3 tokens"):
-        score_pairs([make_pair([10_000], [1], [2])], engine, layout="shared", token_budget=100)
+        score([make_pair([10_000], [1], [2])], engine, "shared", 100)
 
 
 @pytest.mark.slow

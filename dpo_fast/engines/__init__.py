@@ -9,8 +9,13 @@ from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError
 
 
-def open_engine(bundle: Bundle, role: str) -> Engine:
+def open_engine(bundle: Bundle, role: str, *, threads: int = 0) -> Engine:
     """Load the graph of a role that the bundle's recipe was made for.
+
+    Args:
+        bundle: whose graph is loaded.
+        role: "policy" or "reference".
+        threads: how many compute; 0 takes every physical core. On a GPU they only prepare.
 
     Raises:
         BundleError: the recipe's engine is not known, or cannot load the graph.
@@ -18,10 +23,12 @@ def open_engine(bundle: Bundle, role: str) -> Engine:
     """
     recipe = bundle.manifest.recipe
     gates = bundle.manifest.models[role].adapter_gates
-    return load_engine(recipe["engine"], recipe["precision"], bundle.engine_graph(role), gates)
+    return load_engine(recipe["engine"], recipe["precision"], bundle.engine_graph(role), gates, threads=threads)
 
 
-def load_engine(engine: str, precision: str, graph: Path, gates: Sequence[float] | None = None) -> Engine:
+def load_engine(
+    engine: str, precision: str, graph: Path, gates: Sequence[float] | None = None, *, threads: int = 0
+) -> Engine:
     """Load a graph on an engine.
 
     Args:
@@ -29,6 +36,7 @@ def load_engine(engine: str, precision: str, graph: Path, gates: Sequence[float]
         precision: a recipe's.
         graph: the .onnx file.
         gates: one for each adapter in the graph: 1 turns it on, 0 off; None for a graph without adapters.
+        threads: as `open_engine`.
 
     Raises:
         BundleError: the engine is not known, or cannot load the graph.
@@ -37,15 +45,15 @@ def load_engine(engine: str, precision: str, graph: Path, gates: Sequence[float]
     if engine == "onnxruntime":
         from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(graph, precision=precision, gates=gates)
+        return OnnxRuntimeEngine(graph, precision=precision, gates=gates, threads=threads)
     if engine == "onnxruntime-cuda":
         from dpo_fast.engines.onnxruntime import CUDA, OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(graph, precision=precision, gates=gates, provider=CUDA)
+        return OnnxRuntimeEngine(graph, precision=precision, gates=gates, provider=CUDA, threads=threads)
     if engine == "openvino":
         from dpo_fast.engines.openvino import OpenVinoEngine
 
-        return OpenVinoEngine(graph, precision=precision, gates=gates)
+        return OpenVinoEngine(graph, precision=precision, gates=gates, threads=threads)
     if engine == "tensorrt":
         raise BundleError(
             f"{graph}: is what a TensorRT engine is built from, which this version does not run; "

@@ -51,6 +51,7 @@ class OnnxRuntimeEngine:
         onnxruntime.set_default_logger_severity(3)  # errors only: unused initializers are no news
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.enable_mem_pattern = False  # made anew for each shape, and hardly two batches have the same
         options.log_severity_level = 3
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

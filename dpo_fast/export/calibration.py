@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dpo_fast.batches import make_batches
+from dpo_fast.batches import arrange, make_batches
 from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError
 from dpo_fast.preferences import load_preferences
 from dpo_fast.recipes import Recipe
+from dpo_fast.token_table import make_table
 from dpo_fast.tokens import load_tokenizer, tokenize
 from dpo_fast.types import TokenizedPair
 
@@ -87,7 +88,7 @@ def largest_magnitudes(graph: Path, activations: Iterable[str], pairs: Sequence[
         ir.save(model, file.name)
         session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
         adapters = [value.shape[1] for value in session.get_inputs() if value.name == "adapter_gates"]
-        for batch in make_batches(pairs, "plain", TOKEN_BUDGET):
+        for batch in make_batches(arrange(make_table(pairs), "plain", TOKEN_BUDGET), TOKEN_BUDGET):
             inputs: dict[str, Any] = dict(batch.inputs)
             for switch in (0.0, 1.0) if adapters else (0.0,):  # all adapters off, then on
                 if adapters:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.batches import Layout, make_batches
+from dpo_fast.batches import Layout, arrange, make_batches
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import EngineOutputError, SelfCheckError
 from dpo_fast.scores import check_scores
+from dpo_fast.token_table import make_table
 from dpo_fast.types import TokenizedPair
 
 # Nats a token. No precision moves the mean of random tokens' log-probs so far: a graph that does is another model.
@@ -54,8 +55,9 @@ def measure_drift(exact: Engine, engine: Engine, pairs: list[TokenizedPair], lay
     """
     errors = []
     try:
-        for batch in make_batches(pairs, layout, token_budget=1):
-            found, expected = (check_scores(each.score(batch), batch, pairs) for each in (engine, exact))
+        table = make_table(pairs)
+        for batch in make_batches(arrange(table, layout, token_budget=1), token_budget=1):
+            found, expected = (check_scores(each.score(batch), batch, table.rows) for each in (engine, exact))
             errors.append(np.abs(found.log_prob.astype(np.float64) - expected.log_prob))
     except EngineOutputError as error:
         raise SelfCheckError(f"the recipe's engine cannot run this model: {error}") from error

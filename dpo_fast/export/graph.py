@@ -37,7 +37,15 @@ from dpo_fast.export.attention import ATTENTION, grouped_attention
 from dpo_fast.export.gated_layers import Gates, install
 from dpo_fast.export.head import score
 from dpo_fast.export.mixers import SCANS
-from dpo_fast.export.positions import ALIBI, alibi, alibi_slopes, keep_first_frequencies, longest_sequence, windows
+from dpo_fast.export.positions import (
+    ALIBI,
+    alibi,
+    alibi_slopes,
+    fuse_rotations,
+    keep_first_frequencies,
+    longest_sequence,
+    windows,
+)
 from dpo_fast.export.probes import LONGEST_WINDOW
 from dpo_fast.quiet import quiet
 
@@ -119,6 +127,7 @@ def trace(
                 f"transformers {transformers.__version__}, torch {torch.__version__}"
             ) from error
     _divide_by_roots(graph)
+    fuse_rotations(graph)
     _name_dimensions(graph)
     _forget_origins(graph)
     return graph

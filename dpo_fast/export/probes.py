@@ -13,6 +13,9 @@ LONGEST_WINDOW = 1024  # tokens; a longer window takes too long to pass here
 def make_probes(vocabulary: int, *, window: int | None = None, positions: int | None = None) -> list[TokenizedPair]:
     """Pairs of several shapes, and one past a sliding window, where it is short enough to run here.
 
+    The last one has the first one's prompt and one of its completions, so that a row of three completions is among
+    them where the prompt is shared.
+
     Args:
         vocabulary: token ids are below it.
         window: the model's sliding window in tokens, if it has one.
@@ -28,4 +31,8 @@ def make_probes(vocabulary: int, *, window: int | None = None, positions: int | 
             continue
         ids = generator.integers(0, vocabulary, prompt + chosen + rejected).tolist()
         pairs.append(TokenizedPair(row, ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]))
+    if pairs:
+        first = pairs[0]
+        other = generator.integers(0, vocabulary, 6).tolist()
+        pairs.append(TokenizedPair(len(shapes) + 1, first.prompt_ids, other, first.rejected_ids))
     return pairs

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.batches import LAYOUTS, Layout, make_batches
+from dpo_fast.batches import LAYOUTS, Layout, arrange, make_batches
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.errors import CheckpointError, EngineOutputError, MissingDependencyError, SelfCheckError
 from dpo_fast.export.probes import LONGEST_WINDOW, make_probes
 from dpo_fast.quiet import quiet
 from dpo_fast.scores import check_scores
+from dpo_fast.token_table import make_table
 from dpo_fast.types import TokenizedPair
 
 # Largest error, in nats (in units of the logit for mean_logit), that rounding explains. Two float32 orders of
@@ -116,10 +117,10 @@ def compare(
     """Run the probes one pair at a time, and all in one padded batch; keep the largest errors."""
     errors = dict.fromkeys(CONTINUOUS, 0.0)
     tokens = disagreements = 0
-    largest = sum(len(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids) for pair in pairs) * len(pairs)
-    for token_budget in (1, largest):
-        for batch in make_batches(pairs, layout, token_budget):
-            found = check_scores(engine.score(batch), batch, pairs)
+    table = make_table(pairs)
+    for token_budget in (1, table.tokens.size * len(table)):
+        for batch in make_batches(arrange(table, layout, token_budget), token_budget):
+            found = check_scores(engine.score(batch), batch, table.rows)
             end = 0
             for pair, branch, count in batch.completions.tolist():
                 start, end = end, end + count
@@ -146,8 +147,9 @@ def check_mixed_rows(graph: Path, pairs: list[TokenizedPair], gates: Sequence[Se
         SelfCheckError: a row's numbers depend on other rows' gates.
     """
     engine = OnnxRuntimeEngine(graph, gates=gates[0])
-    budget = sum(len(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids) for pair in pairs) * len(pairs)
-    for batch in make_batches(pairs, layout, budget):
+    table = make_table(pairs)
+    token_budget = table.tokens.size * len(table)
+    for batch in make_batches(arrange(table, layout, token_budget), token_budget):
         mixed = asdict(engine.with_gates(gates).score(batch))
         uniform = [asdict(engine.with_gates(of_role).score(batch)) for of_role in gates]
         turn = batch.target_index // batch.input_ids.shape[1] % len(gates)

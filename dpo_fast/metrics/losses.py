@@ -1,6 +1,7 @@
 """TRL's fifteen preference losses, by TRL's names (trl 1.16.0, trl/trainer/dpo_trainer.py, `_compute_loss`).
 
-Each takes the two branches of P pairs and returns (P,) float64, of which the mean is the loss. Below, h_w and h_l are
+Each takes the two branches of P pairs and returns (P,) float64, of which the mean is the loss; of branches of shape
+(B, P), for B batches, it returns (B, P), and what it says of all pairs it says of each batch's. Below, h_w and h_l are
 the log-ratios of the chosen and the rejected completion, d_w and d_l their f-divergence scores (the log-ratios
 themselves with reverse_kl), and s is the sigmoid. Without a reference, a reference-free score takes the place of the
 log-ratio: the loss is that of a reference which gives every completion a score of 0.
@@ -245,8 +246,9 @@ def sft(chosen: Branch, rejected: Branch, settings: LossSettings) -> Float64Arra
         (P,) float64, nats a token: the same number P times, for WPO to weigh by pair (where TRL 1.16.0 fails: it
         multiplies an expanded scalar in place).
     """
-    mean = -chosen.log_prob_sums.sum() / max(1, int(chosen.scored_lengths.sum()))
-    return np.full(len(chosen.lengths), mean)
+    tokens = np.maximum(1, chosen.scored_lengths.sum(axis=-1, keepdims=True))
+    mean = -chosen.log_prob_sums.sum(axis=-1, keepdims=True) / tokens
+    return np.broadcast_to(mean, chosen.lengths.shape)
 
 
 def sigmoid_norm(chosen: Branch, rejected: Branch, settings: LossSettings) -> Float64Array:
@@ -296,7 +298,7 @@ def total_losses(chosen: Branch, rejected: Branch, settings: LossSettings) -> Fl
         (P,) float64, of which the mean is the batch's loss; one value a pair unless a loss is in `BATCH_LOSSES`.
     """
     loss_weights = settings.loss_weights or (1.0,) * len(settings.loss_type)
-    total = np.zeros(len(chosen.lengths))
+    total = np.zeros(chosen.lengths.shape)
     for name, loss_weight in zip(settings.loss_type, loss_weights, strict=True):
         total += loss_weight * LOSSES[name](chosen, rejected, settings)
     return total * (chosen.weights * rejected.weights)

@@ -1,10 +1,13 @@
-"""Scored pairs for the tests: from token values, at random, and joined from parts."""
+"""Scored pairs for the tests: from token values, at random, and cut from others; and how to compare them."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from dpo_fast.types import CompletionScores, PairScores
+from dpo_fast.metrics.summary import compute_metrics
+from dpo_fast.metrics.sums import sum_tokens
+from dpo_fast.types import CompletionScores, LossSettings, PairScores
 
 
 def completion(
@@ -81,31 +84,22 @@ def random_scores(seed: int, pairs: int, groups: int = 0) -> PairScores:
     return replace(scores, truncated=generator.random(pairs) < 0.3)
 
 
-def concatenate(parts: list[PairScores]) -> PairScores:
-    """The pairs of all parts, one part after another."""
+def metrics_of(scores: PairScores, settings: LossSettings, **options: Any) -> dict[str, Any]:
+    """The metrics of pairs whose tokens have not been summed yet."""
+    return compute_metrics(sum_tokens(scores), settings, **options)
 
-    def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
 
-    def join_branch(name: str) -> CompletionScores | None:
-        branches = [getattr(part, name) for part in parts]
-        if branches[0] is None:
-            return None
-        fields = ("log_probs", "lengths", "entropy", "mean_logit", "top1", "log_sum_sq_prob")
-        return CompletionScores(*(np.concatenate([getattr(branch, field) for branch in branches]) for field in fields))
-
-    return PairScores(
-        rows=join("rows"),
-        prompt_lengths=join("prompt_lengths"),
-        chosen_lengths=join("chosen_lengths"),
-        rejected_lengths=join("rejected_lengths"),
-        truncated=join("truncated"),
-        groups=None if parts[0].groups is None else [name for part in parts for name in part.groups or []],
-        policy_chosen=join_branch("policy_chosen"),
-        policy_rejected=join_branch("policy_rejected"),
-        reference_chosen=join_branch("reference_chosen"),
-        reference_rejected=join_branch("reference_rejected"),
-    )
+def assert_equal(one: Any, other: Any) -> None:
+    """Field by field and to the last bit, dtypes included."""
+    for name in one.__slots__:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if isinstance(mine, np.ndarray):
+            assert mine.dtype == theirs.dtype
+            assert np.array_equal(mine, theirs), name
+        elif hasattr(mine, "__slots__"):
+            assert_equal(mine, theirs)
+        else:
+            assert mine == theirs
 
 
 def slice_pairs(scores: PairScores, start: int, stop: int) -> PairScores:

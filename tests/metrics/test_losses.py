@@ -23,6 +23,7 @@ def branch(
         log_probs=policy_side,
         policy=policy_side,
         reference=reference_side,
+        log_ratios=policy_side - reference_side,
         divergence_scores=policy_side - reference_side,
         weights=np.ones(len(policy)),
         lengths=np.array(lengths),
@@ -196,3 +197,15 @@ def test_branches_select_pairs_by_slice_and_by_indices():
         whole = getattr(SORTED_CHOSEN, field.name)
         assert np.array_equal(getattr(SORTED_CHOSEN.select(slice(1, 2)), field.name), whole[1:2])
         assert np.array_equal(getattr(SORTED_CHOSEN.select(np.array([1, 0])), field.name), whole[::-1])
+
+
+@pytest.mark.parametrize("loss", LOSS_TYPES)
+def test_batches_are_computed_apart(loss):
+    """Two batches at once, (2, 2), give what each gives by itself: sorting and sft's mean stay within a batch."""
+    generator = np.random.default_rng(0)
+    chosen, rejected = (branch(*generator.normal(size=(2, 4)).tolist(), [2, 3, 4, 5]) for _ in range(2))
+    mixed = LossSettings(beta=0.5, loss_type=(loss,), label_smoothing=0.1)
+    at_once = total_losses(chosen.batches(2), rejected.batches(2), mixed)
+    pieces = [slice(0, 2), slice(2, 4)]
+    alone = [total_losses(chosen.select(piece), rejected.select(piece), mixed) for piece in pieces]
+    assert np.array_equal(at_once, alone)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from dpo_fast.metrics.rewards import reduce_pairs
-from dpo_fast.metrics.summary import compute_metrics
+from dpo_fast.metrics.sums import sum_tokens
 from dpo_fast.types import F_DIVERGENCE_LOSSES, LOSS_TYPES, SORTING_LOSSES, CompletionScores, LossSettings, PairScores
 
-from .build import pair_scores, slice_pairs
+from .build import metrics_of, pair_scores, slice_pairs
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
@@ -102,7 +102,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     scores.chosen_lengths[:] = [len(row["chosen_ids"]) for row in tokenized]
     scores.rejected_lengths[:] = [len(row["rejected_ids"]) for row in tokenized]
     assert scores.chosen_lengths[2] == scores.policy_chosen.lengths[2] + 1
-    chosen, _ = reduce_pairs(scores, LossSettings())
+    chosen, _ = reduce_pairs(sum_tokens(scores), LossSettings())
     assert np.abs(chosen.log_ratios).mean() > 1.0
     return Setup(trainer, scores)
 
@@ -191,7 +191,7 @@ def test_batch_equals_trl(setup: Setup, settings: LossSettings):
         loss = setup.trainer._compute_loss(setup.trainer.model, batch, return_outputs=False)
     theirs = {f"eval_{key}": values[-1] for key, values in setup.trainer._metrics["eval"].items()}
     theirs["eval_loss"] = loss.item()
-    ours = compute_metrics(slice_pairs(setup.scores, 0, 7), settings)
+    ours = metrics_of(slice_pairs(setup.scores, 0, 7), settings)
     assert_equal(ours, theirs)
     assert ours["counts"]["ties"] == 1
 
@@ -214,8 +214,8 @@ def test_evaluate_equals_the_trl_aggregate(setup: Setup, settings: LossSettings)
     configure(setup.trainer, settings)
     setup.trainer._metrics["eval"].clear()
     theirs = setup.trainer.evaluate()
-    ours = compute_metrics(setup.scores, settings, aggregate="trl", batch_size=BATCH)
+    ours = metrics_of(setup.scores, settings, aggregate="trl", batch_size=BATCH)
     assert_equal(ours, theirs)
     # The last batch is smaller, so the exact means differ: the aggregate is seen to matter.
-    exact = compute_metrics(setup.scores, settings)
+    exact = metrics_of(setup.scores, settings)
     assert abs(exact["eval_rewards/chosen"] - theirs["eval_rewards/chosen"]) > 1e-3
