@@ -115,6 +115,8 @@ def arrange(table: TokenTable, layout: Layout, token_budget: int) -> Arrangement
             else:
                 scored[key] = pair, branch
                 wanted.append((start, length, pair, branch))
+        if not wanted:
+            continue
         for group in [wanted] if layout == "shared" else [[completion] for completion in wanted]:
             added = sum(length for _, length, _, _ in group)
             row = open_rows.get(prompt) if layout == "shared" else None

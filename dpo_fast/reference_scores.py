@@ -6,10 +6,10 @@ precision and the layout. They come from the local cache, which finds them by it
 
 import hashlib
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 from dpo_fast.bundle import REFERENCE
 from dpo_fast.cache_folder import cache_errors, cache_folder
@@ -88,7 +88,7 @@ class ReferenceCache:
         folder, name = self._place(token_ids, model)
         content = parquet_bytes(score_columns(REFERENCE, scored), {})
         target = folder / f"{name}-{zlib.crc32(content):08x}.parquet"
-        temporary = folder / f".{target.name}.{os.getpid()}"
+        temporary = folder / f".{target.name}.{uuid4().hex}"
         with cache_errors(target):
             make_folder(folder)
             try:

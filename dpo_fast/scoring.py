@@ -167,7 +167,11 @@ def score_parts(
         if record is None and (whole or not ready.scores.keys() >= set(to_score)):
             scores = _score(work, ready, to_score, engine_of, stop, progress, account, share)
             record = _record(work, ready)
-            account.scored_pairs += len(ready.table)
+            if whole:
+                account.scored_pairs += len(ready.table)
+                account.found_reference_scores += len(ready.table) if REFERENCE in ready.scores else 0
+            else:  # which the next call will find
+                account.found_reference_scores -= len(ready.table)
             # The next part waits until this one is safe: whatever happens, one part's work is lost at most.
             started = time.perf_counter()
             if REFERENCE in scores and REFERENCE not in ready.scores:
@@ -219,7 +223,6 @@ def _score(
 ) -> dict[str, ScoredPairs]:
     """A part's scores by role: those that were found, and those that engines give now."""
     scores = dict(ready.scores)
-    account.found_reference_scores += len(ready.table) if REFERENCE in scores else 0
     missing = [role for role in to_score if role not in scores]
     completions = sum(len(batch.completions) for role in missing for batch in ready.batches[work.layout(role)][1])
     of_part = share * (ready.rows[1] - ready.rows[0])

@@ -111,16 +111,21 @@ class ScoreStore:
         if not path.is_file():
             return None
         with storage_errors(path):
-            is_sound = sha256(path) == self._checksums.get(path.name)
+            checksum = sha256(path)
+        noted = self._checksums.get(path.name)
+        if noted is not None and checksum != noted:
+            return None
         try:
             metadata = pq.read_schema(path).metadata or {}
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None
         if METADATA_KEY not in metadata:
-            raise OutputExistsError(f"{path}: was not written by dpo-fast; name another folder")
+            if noted is None:
+                raise OutputExistsError(f"{path}: was not written by dpo-fast; name another folder")
+            return None
         try:
             value = json.loads(metadata[METADATA_KEY])
-            return PartRecord(**value | {"rows": tuple(value["rows"])}) if is_sound else None
+            return PartRecord(**value | {"rows": tuple(value["rows"])}) if noted else None
         except (ValueError, KeyError, TypeError):  # written by another version
             return None
 

@@ -11,13 +11,15 @@ of its bytes::
 
 import hashlib
 import json
-import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the files here; another one is another key
 ROWS_PER_CHUNK = 1024
 SET = "set.json"
+CHUNK_NAME = re.compile(r"(\d{5,})-(\d+)-(\d+)-([0-9a-f]{8})\.arrow")
 SKIPPED_ROWS = b"skipped"
 # Files of a model's folder that have no say in how it tokenises.
 NOT_OF_THE_TOKENIZER = ("README.md", "generation_config.json", "adapter_config.json", "training_args.bin")
@@ -105,11 +108,11 @@ class TokenCache:
         self._making: dict[int, Future[_Chunk]] = {}
         self._failure: Exception | None = None
         self._chunks: dict[int, _Chunk] = {}
-        for path in folder.glob("*-*-*-*.arrow"):
-            number, rows, skipped, checksum = path.stem.split("-")
-            chunk = _Chunk(path, int(rows), int(skipped), checksum)
-            if int(number) not in self._chunks or self._chunks[int(number)].rows < chunk.rows:
-                self._chunks[int(number)] = chunk
+        for path in folder.glob("*.arrow"):
+            if name := CHUNK_NAME.fullmatch(path.name):
+                number, rows, skipped = map(int, name.groups()[:3])
+                if number not in self._chunks or self._chunks[number].rows < rows:
+                    self._chunks[number] = _Chunk(path, rows, skipped, name[4])
 
     def make_ahead(self, start: int, stop: int) -> None:
         """Begin to tokenise what is missing of the rows from `start` up to `stop`, in order, in the background.
@@ -254,13 +257,12 @@ def open_tokens(
     """
     fingerprint = fingerprint_of(dataset)
 
+    @cache
     def open_rows() -> PreferenceSet:
         return load_preferences(dataset, split=split, group_by=group_by, fingerprint=fingerprint)
 
-    preferences = None
     if fingerprint is None:  # on the Hub: only the library knows which version it is
-        preferences = open_rows()
-        fingerprint = preferences.fingerprint
+        fingerprint = open_rows().fingerprint
     # The library's own version has a say in how files become rows, the others in how rows become tokens.
     key = {
         "format": FORMAT,
@@ -269,21 +271,23 @@ def open_tokens(
         "group_by": group_by,
         "max_length": max_length,
         "tokenizer": dict(sorted(tokenizer_hashes.items())),
+        "trust_remote_code": trust_remote_code,
         "versions": versions(("datasets", "tokenizers", "transformers")),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / "tokens" / digest[:32]
     data = _known_set(folder / SET, dataset)
     if data is None:
-        opened = preferences or open_rows()
+        opened = open_rows()
         data = DataSet(dataset, opened.split, fingerprint, len(opened))
         with cache_errors(folder):
             make_folder(folder)
-            write_json(folder / SET, asdict(data) | {"name": Path(dataset).name})
+            found = asdict(data) | {"name": Path(dataset).name}
+            write_json(folder / SET, found | {"crc32": zlib.crc32(json.dumps(found).encode())})
     return TokenCache(
         data,
         folder,
-        lambda: preferences or open_rows(),
+        open_rows,
         lambda: load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code),
         max_length=max_length,
         vocabulary=vocabulary,
@@ -301,8 +305,10 @@ def _known_set(path: Path, name: str) -> DataSet | None:
     """What a former run found the set to be; None if none did."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("crc32") != zlib.crc32(json.dumps(found).encode()):
+            return None
         return DataSet(name, found["split"], found["fingerprint"], int(found["rows"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -328,14 +334,15 @@ def _write(folder: Path, number: int, rows: int, table: TokenTable, skipped: lis
     content = memoryview(sink.getvalue())
     checksum = f"{zlib.crc32(content):08x}"
     path = folder / f"{number:05}-{rows}-{len(skipped)}-{checksum}.arrow"
-    temporary = folder / f".{path.name}.{os.getpid()}"
+    temporary = folder / f".{path.name}.{uuid4().hex}"
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     for other in folder.glob(f"{number:05}-*.arrow"):
-        if other != path and int(other.stem.split("-")[1]) <= rows:
+        name = CHUNK_NAME.fullmatch(other.name)
+        if other != path and name is not None and int(name[2]) <= rows:
             other.unlink(missing_ok=True)
     return _Chunk(path, rows, len(skipped), checksum)
 

@@ -517,6 +517,8 @@ def test_in_turn_never_has_two_engines(bundle: Path, dataset: str, run: Path, tm
 
     assert most == 1
     assert in_turn["provenance"]["engines"] == "in-turn"
+    assert in_turn["provenance"]["this_process"]["pairs_with_known_reference_scores"] == 0
+    assert in_turn["provenance"]["this_process"]["scored_pairs"] == len(ROWS)
     assert content(run / "scores").keys() == content(tmp_path / "together" / "scores").keys()
     assert {key: in_turn[key] for key in TRL_KEYS} == {key: together[key] for key in TRL_KEYS}
 

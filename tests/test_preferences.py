@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dpo_fast.preferences
 from dpo_fast.errors import DatasetError, DpoFastError, RowError, StorageError, UsageError
 from dpo_fast.preferences import PreferenceSet, load_preferences, shown
 from dpo_fast.types import PreferenceRow, SkippedRow
@@ -461,3 +462,85 @@ def test_shown_is_short_and_printable() -> None:
     assert shown("a\x1b[2J\n\u202eb") == r"'a\x1b[2J\n\u202eb'"
     assert len(shown("x" * 10_000)) <= 202
     assert len(shown({"k" * 900: ["v" * 900] * 900})) <= 300
+
+
+# ---- some of the rows
+
+TEXT_ROW = st.builds(lambda prompt: {**PAIR, "prompt": prompt}, st.sampled_from(["a", "b c", ""]))
+MESSAGES_ROW = st.builds(
+    lambda content: {"prompt": [user("q")], "chosen": [assistant(content)], "rejected": [assistant("b")]},
+    st.sampled_from(["a", "b c", None]),
+)
+
+
+def assert_slices(preferences: PreferenceSet) -> None:
+    whole = list(preferences.rows(on_error="skip"))
+    assert [item.row for item in whole] == list(range(1, len(preferences) + 1))
+    for start in range(len(preferences) + 2):
+        assert list(preferences.rows(on_error="skip", start=start)) == whole[start:]
+        for stop in range(start, len(preferences) + 2):
+            assert list(preferences.rows(on_error="skip", start=start, stop=stop)) == whole[start:stop]
+
+
+@given(st.one_of(st.lists(TEXT_ROW, min_size=1, max_size=6), st.lists(MESSAGES_ROW, min_size=1, max_size=6)))
+@settings(deadline=None, max_examples=30)
+def test_some_rows_are_a_slice_of_all(records: list[dict[str, Any]]) -> None:
+    """Of text and of conversations, some of which cannot be used: an empty prompt, a message without content."""
+    assert_slices(in_memory(*records))
+
+
+@pytest.mark.parametrize("first", ["text", "messages", "neither"])
+def test_what_kind_the_rows_are_of_is_for_the_whole_set_to_say(tmp_path: Path, first: str) -> None:
+    """Rows of the kind that the first usable row is not are refused, wherever the reading begins."""
+    messages = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    unusable = {**PAIR, "chosen": 17}
+    records = {
+        "text": [PAIR, messages, PAIR, messages],
+        "messages": [messages, PAIR, PAIR, messages],
+        "neither": [unusable, unusable, messages, PAIR, unusable, messages],
+    }[first]
+    preferences = load_preferences(write(tmp_path / "a.jsonl", records))
+
+    assert_slices(preferences)
+    refused = [
+        row for row in preferences.rows(on_error="skip") if isinstance(row, SkippedRow) and "where" in row.reason
+    ]
+    assert len(refused) == {"text": 2, "messages": 2, "neither": 1}[first]
+
+
+def test_some_rows_where_rows_are_decoded_in_several_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpo_fast.preferences, "ROWS_DECODED", 3)
+    records = [{**PAIR, "prompt": f"{number}", "subset": number % 2} for number in range(8)]
+
+    assert_slices(load_preferences(write(tmp_path / "a.jsonl", records), group_by="subset"))
+    assert_slices(load_preferences(write(tmp_path / "a.jsonl", records), limit=7))
+
+
+def test_some_rows_of_a_folder_of_several_files_and_of_chosen_rows(tmp_path: Path) -> None:
+    """The library parts a saved set into files; and a selection is a list of numbers into another set."""
+    whole = Dataset.from_list([{**PAIR, "prompt": f"{number}"} for number in range(7)])
+    whole.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    assert_slices(load_preferences(str(tmp_path / "saved")))
+    whole.select([5, 1, 6]).save_to_disk(str(tmp_path / "chosen"))
+    chosen = load_preferences(str(tmp_path / "chosen"))
+    assert_slices(chosen)
+    assert [row.prompt for row in chosen.rows() if isinstance(row, PreferenceRow)] == ["5", "1", "6"]
+
+
+def test_a_bad_row_stops_only_who_reads_it() -> None:
+    preferences = in_memory(PAIR, {**PAIR, "chosen": ""}, PAIR)
+
+    assert [row.row for row in preferences.rows(start=2)] == [3]
+    assert [row.row for row in preferences.rows(stop=1)] == [1]
+    with pytest.raises(RowError, match="row 2: 'chosen' is empty"):
+        list(preferences.rows(start=1, stop=2))
+
+
+def test_bytes_that_are_no_text_are_found_where_they_are_read(tmp_path: Path) -> None:
+    """The JSON loader lets them through."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 2 + GOOD.replace(b"Yes", b"Y\xe9s") + GOOD)
+    preferences = load_preferences(str(tmp_path / "a.jsonl"))
+
+    assert len(list(preferences.rows(stop=2))) == 2
+    with pytest.raises(DatasetError, match="line 3 is not UTF-8: mend or remove it"):
+        list(preferences.rows(start=2, stop=3))

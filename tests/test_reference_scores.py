@@ -250,11 +250,11 @@ def test_a_part_that_the_run_has_not_is_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
-@pytest.mark.parametrize("name", ["part-00000.parquet", CHECKSUMS])
+@pytest.mark.parametrize("name", ["part-00001.parquet", CHECKSUMS])
 def test_a_damaged_part_of_the_run_is_refused(run: Path, damage: Callable[[Path], None], name: str) -> None:
     damage(run / "scores" / name)
 
-    assert "has no sound part 0" in refusal(run)
+    assert "has no sound part 1" in refusal(run, 1, "ids 1")
 
 
 def test_a_run_without_a_reference_is_refused(tmp_path: Path) -> None:
@@ -269,11 +269,18 @@ def test_a_run_without_a_reference_is_refused(tmp_path: Path) -> None:
     assert "has no reference scores in part 0" in refusal(tmp_path / "free")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_a_folder_without_scores_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty" / "scores").mkdir(parents=True)
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "scores").write_text("")
 
     with pytest.raises(UsageError, match=f"--reference-scores .*{name}: holds no scores; name a folder that"):
         ScoresOfRun(tmp_path / name)
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(
+        StorageError, match=r"file/scores/.*: cannot be read \(Not a directory\); .* name another folder"
+    ):
+        ScoresOfRun(tmp_path / "file")

@@ -84,6 +84,19 @@ def test_a_completion_is_computed_once(pairs: list[TokenizedPair], layout: Layou
     assert sum(len(batch.target_ids) for batch in engine.batches) == targets
 
 
+def test_a_completion_without_a_scored_token_has_no_scores() -> None:
+    """Nothing precedes 9 and 8, so nothing predicts them; what stands beside them is none of theirs."""
+    pairs = [make_pair([], [7, 8], [9]), make_pair([], [8], [5, 6]), make_pair([1], [2], [3])]
+    scored = score(pairs, FakeEngine(), "shared", 100)
+
+    assert (scored.chosen.lengths.tolist(), scored.rejected.lengths.tolist()) == ([1, 0, 1], [0, 1, 1])
+    for completions, ids in ((scored.chosen, [[7, 8], [8], [2]]), (scored.rejected, [[9], [5, 6], [3]])):
+        wanted = [expected(pair.prompt_ids, each) for pair, each in zip(pairs, ids, strict=True)]
+        assert completions.entropy.tolist() == [sum(values[1] for values in each) for each in wanted]
+        assert completions.top1.tolist() == [sum(values[3] for values in each) for each in wanted]
+        assert completions.log_probs.tolist() == [values[0] for each in wanted for values in each]
+
+
 def test_scores_of_no_pairs() -> None:
     """A part of which no row can be used has none."""
     engine = FakeEngine()

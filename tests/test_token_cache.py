@@ -20,7 +20,7 @@ from toy_tokenizers import byte_bpe, chat
 
 from dpo_fast import token_cache
 from dpo_fast.cache_folder import cache_folder
-from dpo_fast.errors import BundleError, RowError, StorageError
+from dpo_fast.errors import BundleError, CheckpointError, RowError, StorageError
 from dpo_fast.preferences import load_preferences
 from dpo_fast.token_cache import SET, DataSet, TokenCache, of_the_tokenizer, open_tokens
 from dpo_fast.tokens import load_tokenizer, tokenize
@@ -265,6 +265,29 @@ def test_chunks_are_made_in_order_ahead_of_who_reads_them(
     assert len(read(cache)) == COUNT
 
 
+def test_waiting_for_the_sources(open_set: Open, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all is in the cache, there is nothing to wait for."""
+    made = open_set(dataset)
+    made.make_ahead(0, COUNT)
+    made.wait_until_open()
+    read(made)
+    nothing_is_opened(monkeypatch)
+
+    cached = open_set(dataset)
+    cached.make_ahead(0, COUNT)
+    cached.wait_until_open()
+
+
+def test_a_tokenizer_that_does_not_load(open_set: Open, dataset: str, tmp_path: Path) -> None:
+    cache = open_set(dataset, folder=tmp_path / "nowhere")
+    cache.make_ahead(0, COUNT)
+
+    for wanted in (cache.wait_until_open, lambda: cache.read(0, COUNT), cache.check):
+        with pytest.raises(CheckpointError, match=r"nowhere'?: no such folder"):
+            wanted()
+    assert chunks() == {}
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not is_so():
@@ -366,20 +389,6 @@ def test_a_set_on_the_hub(open_set: Open, monkeypatch: pytest.MonkeyPatch) -> No
     assert read(again) == items
     assert again.data == first.data
     assert opened == ["owner/name"] * 2
-
-
-def test_a_local_set_is_opened_once(open_set: Open, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-
-    def load(name: str, **options: Any) -> Any:
-        opened.append(name)
-        return load_preferences(name, **options)
-
-    monkeypatch.setattr(token_cache, "load_preferences", load)
-
-    open_set(dataset).read(0, COUNT)
-
-    assert opened == [dataset]
 
 
 # Rows that cannot be used.
@@ -672,6 +681,18 @@ def test_what_killed_runs_left_is_no_chunk(open_set: Open, dataset: str, tokeniz
     path.rename(path.with_name(f".{path.name}.4711"))
 
     assert read(open_set(dataset)) == told(dataset, tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", ["notes.arrow", "a-b-c-d.arrow", "00000-notes.arrow", "00000-9-0-no.arrow", "00000"])
+def test_what_others_put_there_is_let_alone(open_set: Open, dataset: str, tokenizer_folder: Path, name: str) -> None:
+    open_set(dataset)
+    [key] = cache_folder().glob("tokens/*")
+    (key / name).write_text("mine")
+
+    for _ in ("made", "read"):
+        assert read(open_set(dataset)) == told(dataset, tokenizer_folder)
+
+    assert (key / name).read_text() == "mine"
 
 
 # The cache's folder, and the tokenizer's files.

@@ -33,6 +33,7 @@ def make_probes(vocabulary: int, *, window: int | None = None, positions: int | 
         pairs.append(TokenizedPair(row, ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :]))
     if pairs:
         first = pairs[0]
-        other = generator.integers(0, vocabulary, 6).tolist()
+        room = 6 if positions is None else min(6, positions - len(first.prompt_ids))
+        other = generator.integers(0, vocabulary, room).tolist()
         pairs.append(TokenizedPair(len(shapes) + 1, first.prompt_ids, other, first.rejected_ids))
     return pairs

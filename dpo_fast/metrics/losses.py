@@ -301,7 +301,7 @@ def total_losses(chosen: Branch, rejected: Branch, settings: LossSettings) -> Fl
     total = np.zeros(chosen.lengths.shape)
     for name, loss_weight in zip(settings.loss_type, loss_weights, strict=True):
         total += loss_weight * LOSSES[name](chosen, rejected, settings)
-    return total * (chosen.weights * rejected.weights)
+    return total * (chosen.weights * rejected.weights) if settings.use_weighting else total
 
 
 def _logits(chosen: Branch, rejected: Branch, settings: LossSettings) -> Float64Array:

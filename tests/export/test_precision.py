@@ -21,10 +21,11 @@ from safetensors.torch import save_file as save_torch
 from tiny_models import copy_checkpoint, make_config, make_model, save_model
 from transformers import AutoModelForCausalLM
 
-from dpo_fast.batches import Batch, make_batches
+from dpo_fast.batches import Batch, Layout, arrange, make_batches
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.engines.openvino import OpenVinoEngine
 from dpo_fast.errors import CheckpointError, EngineOutputError, UsageError
+from dpo_fast.export.attention import QUERY_BLOCKS
 from dpo_fast.export.calibration import largest_magnitudes
 from dpo_fast.export.precision import make_engine_graph
 from dpo_fast.export.probes import make_probes
@@ -33,6 +34,7 @@ from dpo_fast.export.quantize import FLOAT8_LIMIT, quantize_float8, quantize_int
 from dpo_fast.export.weights_file import WeightsFile
 from dpo_fast.recipes import Recipe
 from dpo_fast.scores import score_pairs
+from dpo_fast.token_table import make_table
 from dpo_fast.types import TokenScores
 
 from .binding import bind_folder, session
@@ -85,6 +87,11 @@ def own(tmp_path: Path, exact: Path) -> Path:
     copy_checkpoint(exact / "policy", tmp_path / "policy")
     (tmp_path / "policy.onnx").write_bytes((exact / "policy.onnx").read_bytes())
     return tmp_path
+
+
+def batch_of(layout: Layout, token_budget: int) -> Batch:
+    """The first batch of the probes."""
+    return next(make_batches(arrange(make_table(PAIRS), layout, token_budget), token_budget))
 
 
 def run(graph: Path, recipe: Recipe, batch: Batch) -> TokenScores:
@@ -253,7 +260,7 @@ def test_a_weights_file_must_be_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", MADE, ids=lambda recipe: recipe.name)
 def test_scores_are_near_the_exact_graphs(exact: Path, recipe: Recipe) -> None:
-    batch = next(make_batches(PAIRS, "shared", 400))
+    batch = batch_of("shared", 400)
     found = run(exact / f"policy.{recipe.name}.onnx", recipe, batch)
     expected = OnnxRuntimeEngine(exact / "policy.onnx", threads=1).score(batch)
     for name in ("log_prob", "entropy"):
@@ -275,7 +282,7 @@ def test_scores_are_near_the_exact_graphs(exact: Path, recipe: Recipe) -> None:
 )
 def test_other_architectures(tmp_path: Path, traced: Trace, model_type: str, dtype: torch.dtype) -> None:
     folder = make_exact(tmp_path, traced, model_type, dtype)
-    batch = next(make_batches(PAIRS, "plain", 400))
+    batch = batch_of("plain", 400)
     expected = OnnxRuntimeEngine(folder / "policy.onnx", threads=1).score(batch)
     for recipe in (INT8, INT4, FP16, BF16, FP8):
         graph = folder / make_engine_graph(folder, "policy", recipe, PAIRS)
@@ -288,10 +295,10 @@ def test_other_architectures(tmp_path: Path, traced: Trace, model_type: str, dty
 def test_scores_do_not_depend_on_the_batch(exact: Path, recipe: Recipe) -> None:
     """A pair alone, and padded among others: float32's rounding apart, which a level's rounding may enlarge."""
     engine = OnnxRuntimeEngine(exact / f"policy.{recipe.name}.onnx", threads=1)
-    together = score_pairs(PAIRS, engine, layout="shared", token_budget=10_000)
+    together = score_pairs(make_table(PAIRS), engine, layout="shared", token_budget=10_000)
     ends = np.cumsum(together.chosen.lengths)
     for number, pair in enumerate(PAIRS):
-        alone = score_pairs([pair], engine, layout="shared", token_budget=1)
+        alone = score_pairs(make_table([pair]), engine, layout="shared", token_budget=1)
         length = int(together.chosen.lengths[number])
         among_others = together.chosen.log_probs[ends[number] - length : ends[number]]
         np.testing.assert_allclose(alone.chosen.log_probs, among_others, atol=2e-2)
@@ -308,8 +315,8 @@ def test_one_outlier_does_not_coarsen_the_other_rows(own: Path) -> None:
     graph = own / make_engine_graph(own, "policy", INT8)
     engine = OnnxRuntimeEngine(graph, threads=1)
     outlier = type(PAIRS[0])(99, [7, 7], [7, 7, 7], [7])
-    apart = score_pairs(ordinary, engine, layout="shared", token_budget=10_000)
-    beside = score_pairs([*ordinary, outlier], engine, layout="shared", token_budget=10_000)
+    apart = score_pairs(make_table(ordinary), engine, layout="shared", token_budget=10_000)
+    beside = score_pairs(make_table([*ordinary, outlier]), engine, layout="shared", token_budget=10_000)
     count = len(apart.chosen.log_probs)
     np.testing.assert_allclose(beside.chosen.log_probs[:count], apart.chosen.log_probs, atol=2e-2)
 
@@ -402,7 +409,7 @@ def test_what_must_be_float32_is(exact: Path, recipe: Recipe) -> None:
     in_head = {value.dtype for node in head for value in node.outputs}
     assert (half in in_head) == (recipe.head_precision != "fp32")
     body_products = [node for node in graph if node.op_type == "MatMul" and node not in head]
-    assert len(body_products) == 2 * (7 + 2)  # of two layers: by weights, and attention's
+    assert len(body_products) == 2 * (7 + 2 * QUERY_BLOCKS)  # of two layers: by weights, and attention's
     assert all(node.outputs[0].dtype == half for node in body_products)
     assert {output.dtype for output in graph.outputs} == {ir.DataType.FLOAT}
     # The mask's lowest float32 is added in float32: as float16 it would be infinite, and padding NaN.
@@ -423,7 +430,7 @@ def test_tensorrt_gets_standard_operators_alone(exact: Path) -> None:
 
 
 def test_padding_makes_no_nan_in_float16(exact: Path) -> None:
-    batch = next(make_batches(PAIRS, "plain", 10_000))
+    batch = batch_of("plain", 10_000)
     assert batch.padding > 0
     assert np.isfinite(run(exact / "policy.fp16.onnx", FP16, batch).log_prob).all()
 
@@ -449,7 +456,7 @@ def test_nan_is_not_hidden_by_quantising(own: Path, value: float) -> None:
     save_torch(weights, own / "policy" / "model.safetensors", {"format": "pt"})
     engine = OnnxRuntimeEngine(own / make_engine_graph(own, "policy", INT8), threads=1)
     with pytest.raises(EngineOutputError):
-        score_pairs(PAIRS, engine, layout="shared", token_budget=256)
+        score_pairs(make_table(PAIRS), engine, layout="shared", token_budget=256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -69,8 +69,9 @@ def test_a_right_graph_passes(exported: Path, folder: Path, layout: Layout | Non
     result = self_check(exported, folder, layout=layout)
     assert result.passed
     assert result.layout == (layout or "shared")
-    # (3 + 7 + 1 + 1 + 12 + 4 + 40 + 40 + 20 + 33) tokens of the probes, one pair at a time and in one batch
-    assert result.tokens == 2 * 161
+    # (3 + 7 + 1 + 1 + 12 + 4 + 40 + 40 + 20 + 33) tokens of the first five probes, and 6 of the last, whose rejected
+    # completion is the first one's; one pair at a time and in one batch
+    assert result.tokens == 2 * 167
     assert result.errors.keys() == set(CONTINUOUS)
     assert all(0 < error < TOLERANCE / 2 for error in result.errors.values())
     assert json.loads(json.dumps(result.as_dict()))["passed"] is True
@@ -83,8 +84,8 @@ def test_two_tensors_swapped(folder: Path, traced: Trace) -> None:
     swapped = {**found, one: found[other], other: found[one]}
     ir.save(bind(traced(make_config(), vocabulary_tile=TILE), swapped), graph)
     message = refusal(graph, folder)
-    assert "shared layout, 322 tokens, largest errors: log_prob " in message
-    assert "plain layout, 322 tokens, largest errors: log_prob " in message
+    assert "shared layout, 334 tokens, largest errors: log_prob " in message
+    assert "plain layout, 334 tokens, largest errors: log_prob " in message
     assert "(limit 0.0001)" in message
 
 
@@ -131,6 +132,20 @@ def test_completions_that_see_each_other(folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+def test_a_third_completion_that_sees_the_second(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right for every pair alone: only a row of three completions, of two pairs with one prompt, finds it."""
+    mask = graph_module._attention_mask
+
+    def two_segments(config: object, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> object:
+        return mask(config, position_ids, segment_ids.clamp(max=2))
+
+    monkeypatch.setattr(graph_module, "_attention_mask", two_segments)
+    graph = bind_folder(folder, graph_module.trace(make_config(), vocabulary_tile=TILE))
+    assert "shared layout" in refusal(graph, folder, "shared")
+    assert self_check(graph, folder, layout="shared", probes=5).passed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
 def test_a_sliding_window_that_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     """A window of 40, which only the probe made for it and the longest of the others cross."""
@@ -172,8 +187,8 @@ def test_first_choices_that_differ(exported: Path, folder: Path, monkeypatch: py
 
     alter(monkeypatch, change)
     message = refusal(exported, folder)
-    # a token of each of the five pairs alone, and one of the batch of all
-    assert "(limit 0.0001); 6 top-1 disagreements" in message
+    # a token of each of the six pairs alone, and one of the batch of all
+    assert "(limit 0.0001); 7 top-1 disagreements" in message
 
 
 @pytest.mark.parametrize(
