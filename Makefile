@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 benchmark: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/main_job.py
+	$(VENV)/bin/python benchmarks/peers.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -21,8 +21,8 @@ from dpo_fast.files import make_folder
 from dpo_fast.interrupts import stop_on_signals
 from dpo_fast.loading import Engines
 from dpo_fast.memory import fit_together
-from dpo_fast.metrics.summary import compute_metrics
-from dpo_fast.metrics.sums import concatenate, sum_tokens
+from dpo_fast.metrics.sums import sum_tokens
+from dpo_fast.metrics.tally import metrics_of_parts
 from dpo_fast.progress import Progress
 from dpo_fast.provenance import hardware, versions
 from dpo_fast.publish.card import write_card
@@ -229,9 +229,12 @@ def metrics_of(store: ScoreStore, options: EvaluateOptions) -> dict[str, Any]:
         StorageError: a part is missing or damaged.
         UsageError: the settings are so extreme that a metric overflows.
     """
-    sums = concatenate([sum_tokens(part) for part in store.read()])
-    return compute_metrics(
-        sums, options.loss, aggregate=options.aggregate, batch_size=options.batch_size, seed=options.seed
+    return metrics_of_parts(
+        map(sum_tokens, store.read()),
+        options.loss,
+        aggregate=options.aggregate,
+        batch_size=options.batch_size,
+        seed=options.seed,
     )
 
 

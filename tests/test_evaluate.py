@@ -879,7 +879,7 @@ def test_scores_outlive_a_loss_that_overflows(
     bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(dpo_fast.evaluate, "compute_metrics", raise_overflow)
+        patched.setattr(dpo_fast.evaluate, "metrics_of_parts", raise_overflow)
         with pytest.raises(UsageError, match="overflow"):
             evaluate(bundle, dataset, run, engine=FakeEngines())
     engines = FakeEngines()

@@ -13,15 +13,20 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from dpo_fast.batches import make_batches
+from dpo_fast.batches import Batch, Layout, arrange, make_batches
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.engines.openvino import OpenVinoEngine, find_largest_by_comparing, split_head
 from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError
 from dpo_fast.export.probes import make_probes
-from dpo_fast.types import TokenScores
+from dpo_fast.token_table import make_table
+from dpo_fast.types import TokenizedPair, TokenScores
 
 PAIRS = make_probes(500, positions=256)
 OUTPUTS = ("log_prob", "entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
+
+
+def batches(pairs: list[TokenizedPair], layout: Layout, token_budget: int) -> list[Batch]:
+    return list(make_batches(arrange(make_table(pairs), layout, token_budget), token_budget))
 
 
 def errors(found: TokenScores, expected: TokenScores) -> dict[str, float]:
@@ -37,14 +42,14 @@ def graph(tiny_bundle: Path) -> Path:
 def test_float32_scores_are_onnx_runtimes(graph: Path) -> None:
     engine, exact = OpenVinoEngine(graph, precision="fp32", threads=1), OnnxRuntimeEngine(graph, threads=1)
     for layout in ("shared", "plain"):
-        for batch in make_batches(PAIRS, layout, 200):
+        for batch in batches(PAIRS, layout, 200):
             # Two orders of summation in float32: as far apart as ONNX Runtime and PyTorch may be.
             assert max(errors(engine.score(batch), exact.score(batch)).values()) < 1e-4
 
 
 def test_bfloat16_scores_are_near(graph: Path) -> None:
     engine, exact = OpenVinoEngine(graph, threads=1), OnnxRuntimeEngine(graph, threads=1)
-    batch = next(make_batches(PAIRS, "shared", 400))
+    batch = batches(PAIRS, "shared", 400)[0]
     found = errors(engine.score(batch), exact.score(batch))
     # 2^-9 of states of several units, through layers of 32 to 64 terms; float32 would be a thousand times nearer.
     assert 1e-4 < found["log_prob"] < 0.1
@@ -66,7 +71,7 @@ def test_logits_are_not_rounded_to_bfloat16(tiny_bundle: Path, tmp_path: Path) -
     weights["model.norm.weight"][:] = 8
     save_file(weights, tmp_path / "policy" / "model.safetensors", {"format": "pt"})
     graph = tmp_path / "policy.onnx"
-    batch = next(make_batches(PAIRS, "shared", 400))
+    batch = batches(PAIRS, "shared", 400)[0]
     exact = OnnxRuntimeEngine(graph, threads=1).score(batch).log_prob
     assert np.abs(exact).max() > 20
     found = OpenVinoEngine(graph, threads=1).score(batch).log_prob
@@ -161,7 +166,7 @@ def small(tmp_path: Path) -> Callable[..., Path]:
 
 def test_gates_reach_their_rows(small: Callable[..., Path]) -> None:
     path = small()
-    batch = next(make_batches([type(PAIRS[0])(1, [], [3, 4], [5, 6])], "plain", 100))
+    batch = batches([TokenizedPair(1, [], [3, 4], [5, 6])], "plain", 100)[0]
     for make in (OpenVinoEngine, OnnxRuntimeEngine):
         engine = make(path, precision="fp32", gates=[1, 0], threads=1)
         one, other = engine.score(batch).log_prob, engine.with_gates([0, 1]).score(batch).log_prob
@@ -212,7 +217,7 @@ def test_a_processor_without_bfloat16(graph: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_failure_while_scoring_is_one_line(graph: Path) -> None:
     engine = OpenVinoEngine(graph, precision="fp32", threads=1)
-    batch = next(make_batches(PAIRS[:1], "shared", 10))
+    batch = batches(PAIRS[:1], "shared", 10)[0]
     batch = replace(batch, segment_ids=batch.segment_ids[None])  # of another rank than the graph's
     with pytest.raises(EngineOutputError, match=r"OpenVINO failed at a batch of \d+ x \d+ tokens") as caught:
         engine.score(batch)

@@ -6,10 +6,6 @@ import torch
 
 ATTENTION = "dpo_fast_grouped"  # its name among Transformers' attention functions
 
-# No state sees a later column of its row, so that a block of queries needs the keys up to its own end alone: with two
-# blocks, three quarters of the products. More would save a little more, and take far longer to trace.
-QUERY_BLOCKS = 2
-
 # What layers hand over and changes nothing here: nothing is dropped out in evaluation, the mask is there already, the
 # rest is for kernels that pack rows. So are flags and sizes, whatever their names.
 IGNORED = frozenset({"dropout", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k"})
@@ -29,9 +25,7 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention in which the query heads of one key head are rows of one matrix product.
 
-    Keys and values are not repeated for grouped queries, as Transformers' own functions do. Queries are taken in
-    blocks; what lies behind a block in its row is not computed: there, a prompt precedes its completions, and a token
-    what continues it.
+    Keys and values are not repeated for grouped queries, as Transformers' own functions do.
 
     Args:
         module: the layer; not used.
@@ -58,22 +52,20 @@ def grouped_attention(
     key_heads = key.shape[1]
     groups = heads // key_heads
     scaling = size**-0.5 if scaling is None else scaling
+    # Scaled right before the product, where ONNX Runtime makes one operator of the two.
+    query = query.reshape(batch, key_heads, groups * length, size) * scaling
+    scores = (query @ key.transpose(2, 3)).reshape(batch, key_heads, groups, length, length)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask.shape[1] == 1:
+        scores = scores + attention_mask[:, :, None]
+    else:
+        scores = scores + attention_mask.reshape(batch, key_heads, groups, length, length)
     sink = sinks if s_aux is None else s_aux
-    query = query.reshape(batch, key_heads, groups, length, size)
-    mask = attention_mask.reshape(batch, -1, 1 if attention_mask.shape[1] == 1 else groups, length, length)
-    attended = []
-    for block in range(QUERY_BLOCKS):
-        start, stop = block * length // QUERY_BLOCKS, (block + 1) * length // QUERY_BLOCKS
-        rows = query[:, :, :, start:stop].reshape(batch, key_heads, groups * (stop - start), size) * scaling
-        scores = (rows @ key[:, :, :stop].transpose(2, 3)).reshape(batch, key_heads, groups, stop - start, stop)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + mask[:, :, :, start:stop, :stop]
-        if sink is None:
-            probability = scores.softmax(-1)
-        else:
-            column = sink.reshape(1, key_heads, groups, 1, 1).expand(batch, key_heads, groups, stop - start, 1)
-            probability = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-        probability = probability.reshape(batch, key_heads, groups * (stop - start), stop)
-        attended.append((probability @ value[:, :, :stop]).reshape(batch, heads, stop - start, value.shape[-1]))
-    return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
+    if sink is None:
+        probability = scores.softmax(-1)
+    else:
+        column = sink.reshape(1, key_heads, groups, 1, 1).expand(batch, key_heads, groups, length, 1)
+        probability = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    attended = probability.reshape(batch, key_heads, groups * length, length) @ value
+    return attended.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None

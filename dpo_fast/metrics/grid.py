@@ -4,7 +4,7 @@ The pairs are reduced to branches once; each loss and beta is then arithmetic on
 intervals come from the same draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -60,19 +60,19 @@ def grid_values(
     batches = _batches(chosen, rejected, batch_size)
 
     def loss(setting: LossSettings) -> float:
-        with _overflow_is_checked():
+        with overflow_is_checked():
             of_batches = [total_losses(*batch, setting).ravel() for batch in batches]
             return float((of_batches[0] if len(batches) == 1 else np.concatenate(of_batches)).mean())
 
     with ThreadPoolExecutor(THREADS) as pool:
         losses = list(pool.map(loss, settings))
-    with _overflow_is_checked():
+    with overflow_is_checked():
         by_beta = {
             beta: _mean_of_batches([reward_metrics(*batch, beta) for batch in batches]) for beta in _betas(settings)
         }
         of_all = _mean_of_batches([model_metrics(*batch) for batch in batches])
     values = Grid(losses, by_beta, of_all)
-    _check_finite(values, settings)
+    check_finite(values, settings)
     return values
 
 
@@ -102,24 +102,48 @@ def grid_intervals(
     def quantities(block: slice) -> Float64Array:
         of_chosen, of_rejected = chosen.select(block), rejected.select(block)
         ratios = of_chosen.log_ratios, of_rejected.log_ratios
-        with _overflow_is_checked():
+        with overflow_is_checked():
             losses = [total_losses(of_chosen, of_rejected, setting) for setting in traceable]
         return np.array([*ratios, ratios[0] - ratios[1], of_chosen.log_probs, of_rejected.log_probs, *losses]).T
 
+    wins = {beta: int((chosen.rewards(beta) > rejected.rewards(beta)).sum()) for beta in _betas(settings)}
+    return intervals_of(quantities, pairs, wins, settings, seed)
+
+
+def intervals_of(
+    quantities: Callable[[slice], Float64Array],
+    pairs: int,
+    wins: Mapping[float, int],
+    settings: Sequence[LossSettings],
+    seed: int,
+) -> Grid[Interval | None]:
+    """The intervals of `grid_intervals`, from the pairs' quantities.
+
+    Args:
+        quantities: of some consecutive pairs, (pairs of the slice, M) float64: log-ratios of the chosen and the
+            rejected completions, their difference, the log-probs of the two, each loss that can be traced to pairs.
+        pairs: P.
+        wins: by beta, pairs whose chosen completion has the larger reward.
+        settings: the losses and betas.
+        seed: of the bootstrap.
+
+    Raises:
+        UsageError: a resampled mean overflows.
+    """
+    traceable = [setting for setting in settings if not BATCH_LOSSES.intersection(setting.loss_type)]
     bounds = bootstrap_intervals(quantities, pairs, seed)
     (*of_ratios, chosen_log_probs, rejected_log_probs), of_losses = bounds[:5], iter(bounds[5:])
     by_beta: dict[float, dict[str, Interval | None]] = {}
     for beta in _betas(settings):
         names = ("eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins")
         by_beta[beta] = {name: (beta * ends).tolist() for name, ends in zip(names, of_ratios, strict=True)}
-        wins = int((chosen.rewards(beta) > rejected.rewards(beta)).sum())
-        by_beta[beta]["eval_rewards/accuracies"] = list(wilson_interval(wins, pairs))
+        by_beta[beta]["eval_rewards/accuracies"] = list(wilson_interval(wins[beta], pairs))
     intervals: Grid[Interval | None] = Grid(
         losses=[next(of_losses).tolist() if setting in traceable else None for setting in settings],
         by_beta=by_beta,
         of_all={"eval_logps/chosen": chosen_log_probs.tolist(), "eval_logps/rejected": rejected_log_probs.tolist()},
     )
-    _check_finite(intervals, settings)
+    check_finite(intervals, settings)
     return intervals
 
 
@@ -200,12 +224,12 @@ def _mean_of_batches(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return {name: float(np.concatenate([np.atleast_1d(each[name]) for each in metrics]).mean()) for name in metrics[0]}
 
 
-def _overflow_is_checked() -> np.errstate:
-    """An overflow shows as an infinite metric, which `_check_finite` refuses with more to say than NumPy's warning."""
+def overflow_is_checked() -> np.errstate:
+    """An overflow shows as an infinite metric, which `check_finite` refuses with more to say than NumPy's warning."""
     return np.errstate(over="ignore", invalid="ignore")
 
 
-def _check_finite(grid: Grid[Any], settings: Sequence[LossSettings]) -> None:
+def check_finite(grid: Grid[Any], settings: Sequence[LossSettings]) -> None:
     """Refuse what overflowed; the message names the metric and the setting."""
     found = [("eval_loss", setting, value) for setting, value in zip(settings, grid.losses, strict=True)]
     for setting in settings:

@@ -94,9 +94,22 @@ def count_truncated_and_tokens(sums: PairSums) -> dict[str, Any]:
 def completion_lengths(sums: PairSums) -> dict[str, dict[str, float | int]]:
     """`mean`, `median` and `max` of the `chosen` and `rejected` completions' lengths, in tokens, scored or not."""
     return {
-        branch: {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "max": int(lengths.max())}
-        for branch, lengths in (("chosen", sums.chosen_lengths), ("rejected", sums.rejected_lengths))
+        "chosen": length_statistics(np.bincount(sums.chosen_lengths)),
+        "rejected": length_statistics(np.bincount(sums.rejected_lengths)),
     }
+
+
+def length_statistics(counts: Int64Array) -> dict[str, float | int]:
+    """`mean`, `median` and `max` of lengths.
+
+    Args:
+        counts: (longest + 1,) int64, how many have each length; at least one has one.
+    """
+    up_to = np.cumsum(counts)
+    total = int(up_to[-1])
+    middle = np.searchsorted(up_to, [(total - 1) // 2, total // 2], side="right")
+    mean = float(counts @ np.arange(len(counts)) / total)
+    return {"mean": mean, "median": float(middle.mean()), "max": int(np.flatnonzero(counts)[-1])}
 
 
 def group_members(groups: list[str]) -> Iterator[tuple[str, Int64Array]]:

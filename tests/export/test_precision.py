@@ -25,7 +25,6 @@ from dpo_fast.batches import Batch, Layout, arrange, make_batches
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.engines.openvino import OpenVinoEngine
 from dpo_fast.errors import CheckpointError, EngineOutputError, UsageError
-from dpo_fast.export.attention import QUERY_BLOCKS
 from dpo_fast.export.calibration import largest_magnitudes
 from dpo_fast.export.precision import make_engine_graph
 from dpo_fast.export.probes import make_probes
@@ -409,7 +408,7 @@ def test_what_must_be_float32_is(exact: Path, recipe: Recipe) -> None:
     in_head = {value.dtype for node in head for value in node.outputs}
     assert (half in in_head) == (recipe.head_precision != "fp32")
     body_products = [node for node in graph if node.op_type == "MatMul" and node not in head]
-    assert len(body_products) == 2 * (7 + 2 * QUERY_BLOCKS)  # of two layers: by weights, and attention's
+    assert len(body_products) == 2 * (7 + 2)  # of two layers: by weights, and attention's
     assert all(node.outputs[0].dtype == half for node in body_products)
     assert {output.dtype for output in graph.outputs} == {ir.DataType.FLOAT}
     # The mask's lowest float32 is added in float32: as float16 it would be infinite, and padding NaN.
