@@ -17,8 +17,8 @@ AS_GOOD = 1.02  # times the best: the smallest such budget is taken, for it need
 def tune_token_budget(engine: Engine, table: TokenTable, layout: Layout) -> int:
     """The token budget at which an engine is fastest.
 
-    Budgets are doubled until the time a token rises. Each is timed on a batch of the pairs' middle lengths, padding
-    not counted as work, best of three after one that is not timed.
+    Budgets are doubled until the time a token rises. Each is timed on the batch in the middle, of those from the
+    longest to the shortest; padding is not counted as work; best of three, after one that is not timed.
 
     Args:
         engine: the one to be tuned for.
@@ -57,7 +57,7 @@ def _candidates(table: TokenTable) -> Iterator[int]:
 
 
 def _middle(table: TokenTable, layout: Layout, budget: int) -> Batch:
-    """The batch of the pairs' median length."""
+    """The batch in the middle, of those that the pairs make from the longest to the shortest."""
     batches = list(make_batches(arrange(table, layout, budget), budget))
     return batches[len(batches) // 2]
 

@@ -186,6 +186,7 @@ class TokenCache:
             making.result()
         content = _read(self._chunks[number])
         if content is None:  # damaged on the disk
+            self._chunks[number].path.unlink(missing_ok=True)
             content = _read(self._maker.submit(self._make, number).result())
         if content is None:
             raise StorageError(f"{self._chunks[number].path}: is not what was just written to it; is the disk sound?")
