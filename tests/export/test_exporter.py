@@ -233,7 +233,7 @@ def test_a_failed_self_check_leaves_nothing(
 
     monkeypatch.setattr(OnnxRuntimeEngine, "score", off)
     message = refusal(SelfCheckError, pair[0], pair[1], output)
-    assert message.startswith("policy.onnx: the graph does not say what PyTorch says: shared layout, 322 tokens")
+    assert message.startswith("policy.onnx: the graph does not say what PyTorch says: shared layout, 334 tokens")
     assert "log_prob 0.25" in message
     assert SelfCheckError.exit_code == 3
 
