@@ -48,6 +48,13 @@ NoSelfCheck = Annotated[bool, typer.Option("--no-self-check", help="Do not compa
 Link = Annotated[bool, typer.Option("--link", help="Hard-link the weights into the bundle instead of copying them.")]
 
 
+AggregateChoice = Annotated[
+    Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
+]
+BatchSize = Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")]
+BootstrapSeed = Annotated[int, typer.Option(help="Of the bootstrapped intervals.")]
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and leave."""
     if wanted:
@@ -194,10 +201,8 @@ def evaluate_command(
     discopop_tau: Annotated[float, typer.Option(help="Temperature of discopop.")] = 0.05,
     reference_free: Annotated[ReferenceFree | None, typer.Option(help="Score by the policy's log-probs alone.")] = None,
     group_by: Annotated[str | None, typer.Option(help="Column whose values get metrics of their own.")] = None,
-    aggregate: Annotated[
-        Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
-    ] = "exact",
-    batch_size: Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")] = 8,
+    aggregate: AggregateChoice = "exact",
+    batch_size: BatchSize = 8,
     max_length: Annotated[
         int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
     ] = None,
@@ -227,7 +232,7 @@ def evaluate_command(
     on_error: Annotated[
         OnError, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
     ] = "stop",
-    seed: Annotated[int, typer.Option(help="Of the bootstrapped intervals.")] = 0,
+    seed: BootstrapSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -341,11 +346,9 @@ def rescore_command(
         ReferenceFree | None,
         typer.Option(help="Score by the policy's log-probs alone, as a run without a reference must be."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrapped intervals.")] = 0,
-    aggregate: Annotated[
-        Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
-    ] = "exact",
-    batch_size: Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")] = 8,
+    seed: BootstrapSeed = 0,
+    aggregate: AggregateChoice = "exact",
+    batch_size: BatchSize = 8,
     as_json: AsJson = False,
 ) -> None:
     """Compute a finished run's metrics for other betas and losses, from its scores alone."""

@@ -8,9 +8,9 @@ from typing import Any
 from dpo_fast.errors import StorageError, UsageError
 from dpo_fast.evaluate import EvaluateOptions, metrics_of
 from dpo_fast.files import new_folder
-from dpo_fast.run_folder import METRICS, SCORES, SKIPPED, read_metrics, write_results
+from dpo_fast.run_folder import METRICS, SCORES, SKIPPED, read_metrics, read_settings, write_results
 from dpo_fast.store import PAIRS, ScoreStore
-from dpo_fast.types import LossSettings, SkippedRow
+from dpo_fast.types import SkippedRow
 
 # Of a shard's provenance, what says how it was computed and not what.
 OF_THE_PROCESS = ("shard", "hardware", "computed_tokens", "padding_tokens", "this_process", "engines", "token_budget")
@@ -55,7 +55,7 @@ def merge(runs: Sequence[Path], output: Path, *, overwrite: bool = False) -> dic
             raise StorageError(f"{output}: parts are missing in the shards' folders; evaluate the shards again")
         provenance = merged[0]["provenance"]
         options = EvaluateOptions(
-            loss=_settings(provenance["settings"]),
+            loss=read_settings(merged[0]),
             aggregate=provenance["aggregate"],
             batch_size=provenance["batch_size"] or EvaluateOptions().batch_size,
             seed=provenance["bootstrap_seed"],
@@ -113,12 +113,6 @@ def _in_order(shards: dict[Path, dict[str, Any]]) -> list[Path]:
     if missing:
         raise UsageError(f"the shards {', '.join(missing)} are missing; name the runs of all {shards_in_all} shards")
     return [found[number] for number in sorted(found)]
-
-
-def _settings(value: dict[str, Any]) -> LossSettings:
-    """Loss settings, back from JSON."""
-    lists = {name: tuple(each) for name, each in value.items() if isinstance(each, list)}
-    return LossSettings(**value | lists)
 
 
 def _skipped(run: Path) -> list[SkippedRow]:

@@ -17,7 +17,7 @@ from dpo_fast.metrics.rewards import Branch, reduce_pairs
 from dpo_fast.metrics.summary import completion_lengths, count_truncated_and_tokens, group_members
 from dpo_fast.metrics.sums import concatenate, sum_tokens
 from dpo_fast.provenance import versions
-from dpo_fast.run_folder import METRICS, SCORES, read_metrics
+from dpo_fast.run_folder import METRICS, SCORES, read_metrics, read_settings
 from dpo_fast.store import ScoreStore
 from dpo_fast.types import AGGREGATES, REFERENCE_FREE, LossSettings, PairSums
 
@@ -152,10 +152,7 @@ def open_run(run: Path) -> tuple[dict[str, Any], LossSettings]:
     metrics = read_metrics(run)
     try:
         int(metrics["counts"]["pairs"])
-        settings = dict(metrics["provenance"]["settings"])
-        for name in ("loss_type", "loss_weights"):  # JSON has no tuples
-            settings[name] = None if settings[name] is None else tuple(settings[name])
-        return metrics, LossSettings(**settings)
+        return metrics, read_settings(metrics)
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise StorageError(
             f"{run / METRICS}: is damaged, or of another version; remove it, and evaluate again: the scores are kept"

@@ -17,7 +17,7 @@ from typing import Any
 from dpo_fast.errors import OutputExistsError, StorageError
 from dpo_fast.files import storage_errors, write_json, write_text
 from dpo_fast.store import CHECKSUMS, ScoreStore
-from dpo_fast.types import SkippedRow
+from dpo_fast.types import LossSettings, SkippedRow
 
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
@@ -76,6 +76,17 @@ def read_metrics(run: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(f"{path}: is damaged; remove it, and evaluate again: the scores are kept") from error
     return metrics
+
+
+def read_settings(metrics: Mapping[str, Any]) -> LossSettings:
+    """The loss that a run was evaluated with, from the content of its metrics.json.
+
+    Raises:
+        ValueError, KeyError, TypeError, UsageError: it is damaged, or of another version.
+    """
+    settings = dict(metrics["provenance"]["settings"])
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}  # JSON has no tuples
+    return LossSettings(**settings | lists)
 
 
 @contextmanager

@@ -36,7 +36,6 @@ class Account:
         waited_for_tokens: until a part's tokens were there and laid into batches.
         engines: running batches.
         waited_for_disk: until a part was safe on the disk.
-        pairs: usable pairs of all parts.
         skipped: rows that are no usable pairs.
         tokens: that engines computed for the run's parts, padding included, in this process or an earlier one.
         padding: of these, how many were padding.
@@ -48,7 +47,6 @@ class Account:
     waited_for_tokens: float = 0.0
     engines: float = 0.0
     waited_for_disk: float = 0.0
-    pairs: int = 0
     skipped: list[SkippedRow] = field(default_factory=list)
     tokens: int = 0
     padding: int = 0
@@ -183,7 +181,6 @@ def score_parts(
         else:
             progress.skip(share * (ready.rows[1] - ready.rows[0]))
         if whole and record is not None:
-            account.pairs += len(ready.table)
             account.skipped += ready.skipped
             account.tokens += record.tokens
             account.padding += record.padding

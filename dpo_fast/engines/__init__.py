@@ -1,7 +1,6 @@
 """Inference engines: each turns a batch into per-token scores."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_fast.bundle import Bundle
@@ -60,29 +59,3 @@ def load_engine(
             "export with a recipe such as cpu-fp32 to evaluate"
         )
     raise BundleError(f"{graph}: is made for the engine {engine!r}, which this version does not have")
-
-
-def open_engines(
-    bundle: Bundle, roles: Sequence[str], open_one: Callable[[Bundle, str], Engine] = open_engine
-) -> dict[str, Engine]:
-    """Load the engines of several roles side by side; roles of one graph, an adapter's and its base's, share it.
-
-    Args:
-        bundle: whose graphs are loaded.
-        roles: "policy", "reference".
-        open_one: loads a role's engine.
-
-    Raises:
-        BundleError: as `open_engine`.
-        MissingDependencyError: as `open_engine`.
-    """
-    models = bundle.manifest.models
-    first = {models[role].engine_graph: role for role in reversed(roles)}
-    with ThreadPoolExecutor(len(first)) as threads:  # loading releases the interpreter
-        loaded = dict(zip(first, threads.map(lambda role: open_one(bundle, role), first.values()), strict=True))
-    engines = {}
-    for role in roles:
-        engine = loaded[models[role].engine_graph]
-        shares = role != first[models[role].engine_graph]
-        engines[role] = engine.with_gates(models[role].adapter_gates or ()) if shares else engine
-    return engines

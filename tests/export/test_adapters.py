@@ -22,7 +22,6 @@ from tiny_models import copy_checkpoint, make_config, make_model, make_pair, sav
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
-from dpo_fast.engines import open_engines
 from dpo_fast.engines.onnxruntime import ADAPTER_GATES, OnnxRuntimeEngine
 from dpo_fast.errors import CheckpointError, DpoFastError, MissingDependencyError, SelfCheckError, UsageError
 from dpo_fast.export import adapters as adapters_module
@@ -35,6 +34,7 @@ from dpo_fast.export.head import OUTPUTS
 from dpo_fast.export.probes import make_probes
 from dpo_fast.export.self_check import check_mixed_rows, self_check
 from dpo_fast.export.weights import bind, match_parameters
+from dpo_fast.loading import Engines
 from dpo_fast.types import TokenScores
 
 from .binding import session
@@ -561,7 +561,8 @@ def test_both_roles_share_one_session(
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda graph, *a, **k: loaded.append(graph) or open_session(graph, *a, **k)
     )
-    engines = open_engines(bundle, [POLICY, REFERENCE])
+    opened = Engines(bundle)
+    engines = {role: opened.get(role) for role in (POLICY, REFERENCE)}
     assert loaded == [bundle.folder / "policy.onnx"]
     adapted = Adapted(session(bundle.folder / "policy.onnx"), copies[0], [copies[1]])
     inputs = lay_out(ROWS)
