@@ -136,6 +136,11 @@ def arrange(table: TokenTable, layout: Layout, token_budget: int) -> Arrangement
     )
 
 
+def longest_row(layout: Layout, max_length: int) -> int:
+    """The most tokens that a row of one pair can have, where prompt and a completion have at most `max_length`."""
+    return 2 * max_length if layout == "shared" else max_length
+
+
 def make_batches(arrangement: Arrangement, token_budget: int) -> Iterator[Batch]:
     """Batches of at most `token_budget` tokens (B x T, padding included), longest rows first.
 
@@ -146,11 +151,21 @@ def make_batches(arrangement: Arrangement, token_budget: int) -> Iterator[Batch]
         arrangement: of P pairs; a batch's `completions` name them by their index there.
         token_budget: in tokens.
     """
-    lengths = arrangement.row_lengths
+    for start, stop in batch_spans(arrangement.row_lengths, token_budget):
+        yield _pack(arrangement, start, stop)
+
+
+def batch_spans(row_lengths: Int64Array, token_budget: int) -> Iterator[tuple[int, int]]:
+    """Which rows make a batch, from the first up to the last, exclusive; see `make_batches`.
+
+    Args:
+        row_lengths: (R,) tokens, the longest first.
+        token_budget: in tokens.
+    """
     start = 0
-    while start < len(lengths):
-        count = max(token_budget // max(int(lengths[start]), 1), 1)
-        yield _pack(arrangement, start, min(start + count, len(lengths)))
+    while start < len(row_lengths):
+        count = max(token_budget // max(int(row_lengths[start]), 1), 1)
+        yield start, min(start + count, len(row_lengths))
         start += count
 
 

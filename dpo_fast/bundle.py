@@ -6,7 +6,7 @@ policy.onnx reference.onnx  the exact graphs, a few MB each, in float32
 policy.RECIPE.onnx …        the graph that the recipe's engine runs, where it is another
 policy/ reference/          ordinary Transformers (or PEFT) folders
 base/                       the weights beneath an adapter, where the reference is not the base itself
-engines/RECIPE/             quantised weights
+engines/RECIPE/             quantised weights; TensorRT's plans
 """
 
 import json
@@ -23,7 +23,7 @@ from dpo_fast.errors import BundleError
 from dpo_fast.files import sha256, write_json
 
 MANIFEST = "bundle.json"
-FORMAT = 2
+FORMAT = 3
 POLICY, REFERENCE = "policy", "reference"
 ROLES = (POLICY, REFERENCE)
 # The model card is written again after each evaluation, and the manifest cannot hold its own hash; everything else
@@ -53,6 +53,7 @@ class ModelEntry:
         self_check: its figures, or None when it was left out on request.
         engine_check: how far the engine's graph is from the exact one, or None where they are the same graph or the
             engine's cannot run here.
+        plan: the file that describes the plans which TensorRT runs, or None where none are built.
     """
 
     source: str
@@ -73,6 +74,7 @@ class ModelEntry:
     layout: Layout
     self_check: dict[str, Any] | None
     engine_check: dict[str, Any] | None
+    plan: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +132,14 @@ class Bundle:
         return reference.source if reference is not None and reference.revision is not None else None
 
     def role_hashes(self, role: str) -> list[str]:
-        """The SHA-256 of all that decides a role's scores: of the engine's graph and of every weight file."""
+        """The SHA-256 of all that decides a role's scores: of the engine's graph, every weight file, its plans."""
         entry = self.manifest.models[role]
         return [
             self.manifest.files[name]["sha256"]
             for name in sorted(self.manifest.files)
             if name == entry.engine_graph
             or (name.endswith(".safetensors") and any(name == w or name.startswith(f"{w}/") for w in entry.weights))
+            or (entry.plan is not None and is_of_plan(name, entry.plan))
         ]
 
     def verify(self) -> None:
@@ -184,6 +187,7 @@ def open_bundle(folder: Path) -> Bundle:
         models = {role: ModelEntry(**entry) for role, entry in value.pop("models").items()}
         manifest = Manifest(models=models, **value)
         names = [*manifest.files, *(name for entry in models.values() for name in (entry.graph, entry.engine_graph))]
+        names += [entry.plan for entry in models.values() if entry.plan is not None]
         layouts = {entry.layout for entry in models.values()}
         _check_kinds(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -201,6 +205,11 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest)
 
 
+def is_of_plan(name: str, plan: str) -> bool:
+    """Whether a file of a bundle is a plan's description or one of the plans beside it."""
+    return name == plan or (name.startswith(plan.removesuffix("json")) and name.endswith(".plan"))
+
+
 def _check_kinds(manifest: Manifest) -> None:
     """Refuse values that others compute with and that are of another kind; JSON may hold anything.
 
@@ -215,6 +224,7 @@ def _check_kinds(manifest: Manifest) -> None:
     texts = [recipe["name"], recipe["engine"], *(file["sha256"] for file in files)]
     texts += [text for model in models for text in (model.source, model.graph, model.engine_graph, model.layout)]
     texts += [name for model in models for name in model.weights]
+    texts += [model.plan for model in models if model.plan is not None]
     for value in numbers:
         if type(value) is not int:
             raise TypeError(f"{value!r} instead of a whole number")

@@ -48,6 +48,38 @@ NoSelfCheck = Annotated[bool, typer.Option("--no-self-check", help="Do not compa
 Link = Annotated[bool, typer.Option("--link", help="Hard-link the weights into the bundle instead of copying them.")]
 
 
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="GPUs that TensorRT-RTX plans are built for, on any machine, such as sm86,sm89.  [default: all]",
+        metavar="smNN,…",
+        show_default=False,
+    ),
+]
+ProfileFrom = Annotated[
+    str | None,
+    typer.Option(help="Data set whose lengths TensorRT's profiles are chosen from.", show_default=False),
+]
+ProfileSplit = Annotated[str | None, typer.Option(help="Split of --profile-from.", show_default=False)]
+Profiles = Annotated[int, typer.Option(help="Optimisation profiles, beside one for the longest rows.")]
+Workspace = Annotated[
+    float | None, typer.Option(help="GiB that TensorRT's kernels may use as they run.", show_default=False)
+]
+Refittable = Annotated[
+    bool | None,
+    typer.Option(
+        "--refittable/--no-refittable",
+        help="Whether new weights can be put into the plans.  [default: where that can be built]",
+        show_default=False,
+    ),
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="TensorRT plans that later versions can run.")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="TensorRT plans that other GPUs can run, from Ampere on.")
+]
+
 AggregateChoice = Annotated[
     Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
 ]
@@ -102,6 +134,14 @@ def export_command(
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     calibration: Calibration = None,
+    target: Target = None,
+    profile_from: ProfileFrom = None,
+    profile_split: ProfileSplit = None,
+    profiles: Profiles = 4,
+    workspace: Workspace = None,
+    refittable: Refittable = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
     no_self_check: NoSelfCheck = False,
     link: Link = False,
     overwrite: Overwrite = False,
@@ -110,7 +150,18 @@ def export_command(
     """Turn a policy and its reference into a bundle of log-prob graphs and the weights they point into."""
     from dpo_fast.bundle import MANIFEST
     from dpo_fast.export.exporter import ExportOptions, export
+    from dpo_fast.tensorrt.options import BuildOptions
 
+    build = BuildOptions(
+        targets=_targets(target),
+        profile_from=profile_from,
+        profile_split=profile_split,
+        profiles=profiles,
+        workspace_gib=workspace,
+        refittable=refittable,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
     options = ExportOptions(
         policy_revision=policy_revision,
         reference_revision=reference_revision,
@@ -118,6 +169,7 @@ def export_command(
         max_length=max_length,
         layout=None if layout == "auto" else layout,
         calibration=calibration,
+        build=build,
         self_check=not no_self_check,
         link=link,
         base=base,
@@ -131,6 +183,42 @@ def export_command(
         _print_json(json.loads((output / MANIFEST).read_text(encoding="utf-8")))
     else:
         typer.echo(f"bundle: {output}")
+
+
+@app.command("build")
+def build_command(
+    bundle: BundleArgument,
+    target: Target = None,
+    profile_from: ProfileFrom = None,
+    profile_split: ProfileSplit = None,
+    profiles: Profiles = 4,
+    workspace: Workspace = None,
+    refittable: Refittable = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build the TensorRT plans of a bundle, on the machine that is to run them or, for TensorRT-RTX, on any."""
+    from dpo_fast.bundle import MANIFEST
+    from dpo_fast.tensorrt.bundle_plans import build
+    from dpo_fast.tensorrt.options import BuildOptions
+
+    options = BuildOptions(
+        targets=_targets(target),
+        profile_from=profile_from,
+        profile_split=profile_split,
+        profiles=profiles,
+        workspace_gib=workspace,
+        refittable=refittable,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    build(bundle, options, trust_remote_code=trust_remote_code, report=_say)
+    if as_json:
+        _print_json(json.loads((bundle / MANIFEST).read_text(encoding="utf-8")))
+    else:
+        typer.echo(f"bundle: {bundle}")
 
 
 @app.command("refit")
@@ -444,6 +532,11 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:  # which Typer makes of a KeyboardInterrupt
         _say("dpo-fast: interrupted; an evaluation goes on from where it was when the same command is run again")
     return code or 0
+
+
+def _targets(value: str | None) -> tuple[str, ...]:
+    """Compute capabilities, as they are named: sm86,sm89."""
+    return () if value is None else tuple(target.strip().lower() for target in value.split(","))
 
 
 def _token_budget(value: str | None) -> int | Literal["auto"] | None:

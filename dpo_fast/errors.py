@@ -9,6 +9,7 @@
     │   │   └── RowError              one row of it
     │   ├── CheckpointError           a model or tokenizer folder
     │   ├── BundleError               a bundle that is missing, incomplete or altered
+    │   ├── BuildError                a graph that an engine's builder refuses, or a machine that cannot build it
     │   ├── OutputExistsError         an output that would be overwritten
     │   ├── StorageError              the disk: full, read-only, no permission
     │   ├── HubError                  the Hugging Face Hub refused or could not be reached
@@ -62,6 +63,10 @@ class CheckpointError(InputError):
 
 class BundleError(InputError):
     """A bundle that is missing, incomplete, or not what its manifest says."""
+
+
+class BuildError(InputError):
+    """A graph that an engine's builder refuses, or that cannot be built on this machine."""
 
 
 class OutputExistsError(InputError):

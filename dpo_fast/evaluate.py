@@ -182,7 +182,7 @@ def evaluate(
         layout = opened.manifest.models[passes[0][0]].layout
         token_budget = _token_budget(options, opened, store, parts, first_engine, sample, layout)
         name, precision = first_engine.name, first_engine.precision
-        work = Work(opened, tokens, store, parts, roles, token_budget, known, cache, name, precision)
+        work = Work(opened, tokens, store, parts, roles, token_budget, max_length, known, cache, name, precision)
         del first_engine, sample  # an engine that somebody holds keeps its memory
         account = Account()
         progress = stack.enter_context(Progress(rows[1] - rows[0], shown=options.progress))

@@ -8,6 +8,7 @@ from typing import Any
 from dpo_fast.errors import UsageError
 
 DEFAULT = "cpu-fp32"
+CHUNKS = (256, 512, 1024, 2048, 4096)
 # The precisions that each engine runs, and the keys that belong to each, with the values that they take.
 ENGINES: dict[str, dict[str, dict[str, tuple[str | int | bool, ...]]]] = {
     "onnxruntime": {
@@ -25,8 +26,14 @@ ENGINES: dict[str, dict[str, dict[str, tuple[str | int | bool, ...]]]] = {
     },
     "openvino": {"fp32": {}, "bf16": {}, "int8": {"head_precision": ("fp32", "int8")}},
     "tensorrt": {
-        "fp16": {"head_precision": ("fp32", "fp16")},
-        "fp8": {"head_precision": ("fp32", "fp16")},
+        "fp32": {"head_chunk": CHUNKS},
+        "fp16": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS},
+        "bf16": {"head_precision": ("fp32", "bf16"), "head_chunk": CHUNKS},
+        "fp8": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS},
+    },
+    "tensorrt-rtx": {
+        "fp16": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS},
+        "bf16": {"head_precision": ("fp32", "bf16"), "head_chunk": CHUNKS},
     },
 }
 # What every recipe has, and of which kind.
@@ -47,6 +54,7 @@ class Recipe:
         head_precision: of the head's matrix product.
         reduce_range: whether int8 weights have 7 bits, for processors that add pairs of products in 16 bits.
         block_size: entries of a column that share an int4 scale.
+        head_chunk: targets that a TensorRT head takes at a time.
         symmetric: whether int4 levels lie around zero, or between a block's smallest and largest entry.
     """
 
@@ -60,6 +68,7 @@ class Recipe:
     reduce_range: bool | None = None
     block_size: int | None = None
     symmetric: bool | None = None
+    head_chunk: int | None = None
 
 
 def recipe_folder() -> Path:

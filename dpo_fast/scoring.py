@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dpo_fast.ahead import one_ahead
-from dpo_fast.batches import Arrangement, Batch, Layout, arrange, make_batches
+from dpo_fast.batches import Arrangement, Batch, Layout, arrange, longest_row, make_batches
 from dpo_fast.bundle import REFERENCE, Bundle
-from dpo_fast.engines.base import Engine
+from dpo_fast.engines.base import Engine, PipelinedEngine
 from dpo_fast.errors import InterruptedRunError
 from dpo_fast.interrupts import Stop
 from dpo_fast.progress import Progress
@@ -66,6 +66,7 @@ class Work:
         parts: their numbers, and the rows of each, counted from 0.
         roles: whose scores the parts hold.
         token_budget: of a batch, in tokens.
+        max_length: of prompt and completion together, in tokens.
         known: where reference scores may be found.
         cache: where reference scores are kept for later runs.
         engine_name, precision: of the engines that score.
@@ -77,6 +78,7 @@ class Work:
     parts: Mapping[int, tuple[int, int]]
     roles: Sequence[str]
     token_budget: int
+    max_length: int
     known: KnownScores
     cache: ReferenceCache
     engine_name: str
@@ -203,7 +205,8 @@ def _prepare(work: Work, part: int) -> _Ready:
                 scores[REFERENCE] = found
         # For scores that were found, too: what a part says of itself must not depend on who computed it.
         for layout in {work.layout(role) for role in work.roles}:
-            arrangement = arrange(table, layout, work.token_budget)
+            # Rows of many pairs are no wider than rows of one may be: engines are built for widths.
+            arrangement = arrange(table, layout, min(work.token_budget, longest_row(layout, work.max_length)))
             batches[layout] = arrangement, list(make_batches(arrangement, work.token_budget))
     return _Ready(part, rows, table, skipped, fingerprints, record, scores, batches)
 
@@ -227,9 +230,10 @@ def _score(
         engine = engine_of(role)
         arrangement, batches = ready.batches[work.layout(role)]
         sheet = ScoreSheet(arrangement)
+        said_of_each = engine.score_all(batches) if isinstance(engine, PipelinedEngine) else map(engine.score, batches)
         for batch in batches:
             started = time.perf_counter()
-            said = engine.score(batch)
+            said = next(said_of_each)
             account.engines += time.perf_counter() - started
             sheet.add(batch, said)
             account.computed_tokens += batch.input_ids.size

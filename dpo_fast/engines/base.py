@@ -1,7 +1,7 @@
 """What an engine is: something that scores a batch."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from dpo_fast.batches import Batch
 from dpo_fast.types import TokenScores
@@ -24,4 +24,13 @@ class Engine(Protocol):
 
     def with_gates(self, gates: Sequence[float]) -> "Engine":
         """The same loaded weights with other adapters turned on: 1 on, 0 off, in the graph's order."""
+        ...
+
+
+@runtime_checkable
+class PipelinedEngine(Engine, Protocol):
+    """An engine that takes the next batch while it computes one."""
+
+    def score_all(self, batches: Iterable[Batch]) -> Iterator[TokenScores]:
+        """The scores of each batch, in order; the next batch is under way when one is given out."""
         ...

@@ -12,6 +12,7 @@ from dpo_fast.export.drift import measure_drift
 from dpo_fast.export.precision import make_engine_graph
 from dpo_fast.export.probes import make_probes
 from dpo_fast.recipes import Recipe
+from dpo_fast.tensorrt.package import PACKAGES
 from dpo_fast.types import TokenizedPair
 
 
@@ -58,11 +59,14 @@ def make_engine_graphs(
 
 def _checked(folder: Path, role: str, entry: ModelEntry, recipe: Recipe, report: Callable[[str], None]) -> ModelEntry:
     """Compare an engine's graph with the exact one, if the engine runs on this machine."""
-    if recipe.engine == "tensorrt":
-        report(f"{role}: {entry.engine_graph} was not run: TensorRT builds its engine from it elsewhere")
-        return entry
+    name = recipe.engine
+    if name in PACKAGES:
+        if recipe.precision != "fp16":
+            report(f"{role}: {entry.engine_graph} was not run: ONNX Runtime's CPU provider has no {recipe.precision}")
+            return entry
+        name = "onnxruntime"  # computes what the plans are built from
     try:
-        engine = load_engine(recipe.engine, recipe.precision, folder / entry.engine_graph, entry.adapter_gates)
+        engine = load_engine(name, recipe.precision, folder / entry.engine_graph, entry.adapter_gates)
     except MissingDependencyError as error:
         report(f"{role}: {entry.engine_graph} was not run in {recipe.precision}: {error}")
         return entry

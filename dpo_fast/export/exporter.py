@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,11 @@ from dpo_fast.files import new_folder
 from dpo_fast.provenance import versions
 from dpo_fast.publish.card import start_card
 from dpo_fast.recipes import DEFAULT, load_recipe
+from dpo_fast.tensorrt.bundle_plans import check_build_options, make_plans
+from dpo_fast.tensorrt.options import BuildOptions
+from dpo_fast.tensorrt.package import PACKAGES
 
-PACKAGES = ("dpo-fast", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
+RECORDED = ("dpo-fast", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class ExportOptions:
             positions.
         layout: "shared", "plain", or None to let the self-check choose.
         calibration: data set whose first pairs the scales of activations are chosen from, for recipes that need it.
+        build: how plans are built, for recipes whose engine runs such.
         self_check: whether the graphs are compared with PyTorch.
         link: whether weights are hard-linked into the bundle instead of copied, where the disk allows.
         trust_remote_code: whether the checkpoints' own Python code may be run.
@@ -59,6 +63,7 @@ class ExportOptions:
     max_length: int | None = None
     layout: Layout | None = None
     calibration: str | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
     self_check: bool = True
     link: bool = False
     trust_remote_code: bool = False
@@ -90,6 +95,7 @@ def export(
         SelfCheckError: a graph does not say what its PyTorch model says.
     """
     recipe = load_recipe(options.recipe)
+    check_build_options(recipe, options.build)
     trust = options.trust_remote_code
     with new_folder(output, overwrite=options.overwrite, marker=MANIFEST) as folder:
         report("checking the checkpoints")
@@ -125,6 +131,7 @@ def export(
                         vocabulary_tile=recipe.vocabulary_tile,
                         trust_remote_code=trust,
                         adapters=model.adapters,
+                        dense_experts=recipe.engine in PACKAGES,
                     ),
                 )
             if not (folder / model.graph).exists():
@@ -150,12 +157,13 @@ def export(
         entries = make_engine_graphs(
             folder, entries, recipe, calibration=calibration, check=options.self_check, report=report
         )
+        entries = make_plans(folder, entries, recipe, max_length, options.build, trust_remote_code=trust, report=report)
         report("hashing")
         write_manifest(
             folder,
             Manifest(
                 format=FORMAT,
-                versions=versions(PACKAGES),
+                versions=versions(RECORDED),
                 recipe=asdict(recipe),
                 max_length=max_length,
                 inputs=INPUTS,

@@ -34,6 +34,7 @@ from dpo_fast.engines.onnxruntime import ADAPTER_GATES
 from dpo_fast.errors import CheckpointError
 from dpo_fast.export.adapters import AdaptedModules
 from dpo_fast.export.attention import ATTENTION, grouped_attention
+from dpo_fast.export.experts import DENSE, register
 from dpo_fast.export.gated_layers import Gates, install
 from dpo_fast.export.head import score
 from dpo_fast.export.mixers import SCANS
@@ -60,7 +61,7 @@ INPUTS = {
 # Constants up to this many elements are folded into the graph; parameters never are, they have no value here.
 FOLDING_LIMIT = 4096
 # Each expert multiplies the tokens that chose it, gathered, and no others; the graph holds every expert's products.
-EXPERTS = "grouped_mm"
+GROUPED = "grouped_mm"
 # What a model's code imports when it leaves windows to Transformers' masks.
 WINDOW_MASKS = ("create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate")
 
@@ -71,6 +72,7 @@ def trace(
     vocabulary_tile: int,
     trust_remote_code: bool = False,
     adapters: Sequence[AdaptedModules] = (),
+    dense_experts: bool = False,
 ) -> ir.Model:
     """Trace the log-prob graph of a configuration's causal LM, in float32, with parameters that have no values yet.
 
@@ -80,6 +82,7 @@ def trace(
         trust_remote_code: whether the configuration's own Python code may be run.
         adapters: what each adapter changes, in the order of the input `adapter_gates` (B, adapters); without any, the
             graph has no such input.
+        dense_experts: whether every expert of a mixture computes every token, for engines that cannot gather them.
 
     Returns:
         The graph; its unbound initializers carry the parameters' names (`dpo_fast.export.weights` binds them).
@@ -88,7 +91,7 @@ def trace(
         CheckpointError: the architecture cannot be exported.
     """
     with init_empty_weights(include_buffers=False):
-        model = _build(config, trust_remote_code)
+        model = _build(config, trust_remote_code, DENSE if dense_experts else GROUPED)
     model.tie_weights()  # emptying parted what is tied
     with init_empty_weights(include_buffers=False):
         gates = install(model, adapters)
@@ -133,16 +136,17 @@ def trace(
     return graph
 
 
-def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+def _build(config: PretrainedConfig, trust_remote_code: bool, experts: str) -> PreTrainedModel:
     """The configuration's causal LM in evaluation mode, with our attention where the model takes any."""
     AttentionInterface.register(ATTENTION, grouped_attention)
+    register()
     try:
         config = copy.deepcopy(config)  # the model writes into it
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         with quiet():  # a family that computes attention in code of its own says so, and keeps it
             model.set_attn_implementation(ATTENTION)
         if model._can_set_experts_implementation():
-            model.set_experts_implementation(EXPERTS)
+            model.set_experts_implementation(experts)
     except (ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"model type {config.model_type!r} is not a causal LM that can be built: {_first_line(error)}"

@@ -44,7 +44,7 @@ class _Narrowing:
     def __init__(self, graph: ir.Graph, half: ir.DataType, head_products: frozenset[ir.Node]) -> None:
         self._graph, self._half = graph, half
         head = reached_from(value for value in graph.inputs if value.name == "target_index")
-        self._exact = (head - head_products) | find_routers(graph)
+        self._exact = (head - head_products) | find_routers(graph) | _between_products_and_scans(graph)
         # What comes of the embedding, and so of the weights; positions and masks do not.
         self._states = reached_from(value for value in graph.initializers.values() if _is_stored(value))
         self._dynamic = reached_from(graph.inputs)
@@ -150,6 +150,23 @@ class _Narrowing:
                 f"the tensor {value.name!r} holds {magnitude:g}, and float16 ends at {FLOAT16_LIMIT:g}; "
                 "export with a recipe in bf16 or fp32"
             )
+
+
+def _between_products_and_scans(graph: ir.Graph) -> set[ir.Node]:
+    """What lies between products and a scan: a state that is carried over a sequence is computed of float32.
+
+    TensorRT-RTX 1.7 infers wrong shapes, too, for a scan's slices of what has been moved in half precision.
+    """
+    found: set[ir.Node] = set()
+    waiting = [
+        value.producer() for node in graph if node.op_type == "Scan" for value in node.inputs if value is not None
+    ]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found and node.op_type in BETWEEN:
+            found.add(node)
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    return found
 
 
 def _is_stored(value: ir.Value) -> bool:

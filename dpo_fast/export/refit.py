@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dpo_fast.bundle import MANIFEST, POLICY, Bundle, hash_files, open_bundle, write_manifest
+from dpo_fast.bundle import MANIFEST, POLICY, Bundle, hash_files, is_of_plan, open_bundle, write_manifest
 from dpo_fast.errors import BundleError, CheckpointError
 from dpo_fast.export.calibration import read_calibration
 from dpo_fast.export.checkpoint import (
@@ -32,6 +32,7 @@ from dpo_fast.export.self_check import self_check
 from dpo_fast.files import copy_file, new_folder
 from dpo_fast.publish.card import start_card
 from dpo_fast.recipes import Recipe
+from dpo_fast.tensorrt.bundle_plans import renew_plans
 
 # What an adapter's settings say of where it came from and how it was trained, not of what it computes.
 ADAPTER_PROVENANCE_KEYS = frozenset(
@@ -132,6 +133,10 @@ def refit(
         made = make_engine_graphs(
             folder, {POLICY: entry}, recipe, calibration=calibration, check=options.self_check, report=report
         )
+        made = {
+            role: renew_plans(bundle, folder, made_entry, recipe, report) if made_entry.plan else made_entry
+            for role, made_entry in made.items()
+        }
         report("hashing")
         kept = {name: value for name, value in old.manifest.files.items() if name not in renewed}
         files = hash_files(folder, known=kept)
@@ -248,5 +253,7 @@ def _renewed_files(old: Bundle) -> set[str]:
     return {
         name
         for name in old.manifest.files
-        if name.startswith(f"{POLICY}/") or name in {entry.graph, entry.engine_graph} | made
+        if name.startswith(f"{POLICY}/")
+        or name in {entry.graph, entry.engine_graph} | made
+        or (entry.plan is not None and is_of_plan(name, entry.plan))
     }

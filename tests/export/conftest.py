@@ -24,12 +24,18 @@ def traced() -> Trace:
         vocabulary_tile: int,
         trust_remote_code: bool = False,
         adapters: Sequence[AdaptedModules] = (),
+        dense_experts: bool = False,
     ) -> ir.Model:
         keys = {name: value for name, value in architecture(config).items() if name != "auto_map"}
         key = (repr(sorted(keys.items())), vocabulary_tile, repr([sorted(changes.items()) for changes in adapters]))
+        key = (*key, dense_experts and any("expert" in name for name in keys))  # other graphs are the same
         if key not in remembered:
             remembered[key] = trace(
-                config, vocabulary_tile=vocabulary_tile, trust_remote_code=trust_remote_code, adapters=adapters
+                config,
+                vocabulary_tile=vocabulary_tile,
+                trust_remote_code=trust_remote_code,
+                adapters=adapters,
+                dense_experts=dense_experts,
             )
         return remembered[key]
 
