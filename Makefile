@@ -1,6 +1,9 @@
 # `make demo` and `make test` each set up what they need in .venv, and then run.
 PYTHON ?= python3
 VENV := .venv
+# TensorRT's and CUDA's Python bindings, without the libraries behind them: what is called is checked against them.
+BINDINGS := build/tensorrt-11.4 build/tensorrt-10.16 build/cuda-python
+UNPACK = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint benchmark clean
@@ -8,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(VENV)/bin/dpo-fast demo --output demo --overwrite
 
-test: lint
+test: lint $(BINDINGS)
 	$(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(INSTALLED)
@@ -24,6 +27,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,peft,trl,dev]'
 	touch $(INSTALLED)
+
+build/tensorrt-11.4: | $(INSTALLED)
+	$(UNPACK) tensorrt-cu13-bindings==11.4.0.106
+
+build/tensorrt-10.16: | $(INSTALLED)
+	$(UNPACK) tensorrt-cu13-bindings==10.16.1.11
+
+build/cuda-python: | $(INSTALLED)
+	$(UNPACK) cuda-bindings==13.4.4 cuda-pathfinder==1.9.0
 
 clean:
 	rm -rf $(VENV) build demo

@@ -6,6 +6,7 @@ from pathlib import Path
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError
+from dpo_fast.tensorrt.package import PACKAGES
 
 
 def open_engine(bundle: Bundle, role: str, *, threads: int = 0) -> Engine:
@@ -21,7 +22,17 @@ def open_engine(bundle: Bundle, role: str, *, threads: int = 0) -> Engine:
         MissingDependencyError: the engine's package is not installed.
     """
     recipe = bundle.manifest.recipe
-    gates = bundle.manifest.models[role].adapter_gates
+    entry = bundle.manifest.models[role]
+    gates = entry.adapter_gates
+    if recipe["engine"] in PACKAGES:
+        from dpo_fast.engines.tensorrt import TensorRtEngine
+
+        if entry.plan is None:
+            raise BundleError(
+                f"{bundle.folder}: has no plans yet, which TensorRT runs; build them with `dpo-fast build "
+                f"{bundle.folder}`, on the machine that is to run them or for its GPU (--target)"
+            )
+        return TensorRtEngine(bundle.folder / entry.plan, precision=recipe["precision"], gates=gates)
     return load_engine(recipe["engine"], recipe["precision"], bundle.engine_graph(role), gates, threads=threads)
 
 
@@ -53,9 +64,4 @@ def load_engine(
         from dpo_fast.engines.openvino import OpenVinoEngine
 
         return OpenVinoEngine(graph, precision=precision, gates=gates, threads=threads)
-    if engine == "tensorrt":
-        raise BundleError(
-            f"{graph}: is what a TensorRT engine is built from, which this version does not run; "
-            "export with a recipe such as cpu-fp32 to evaluate"
-        )
     raise BundleError(f"{graph}: is made for the engine {engine!r}, which this version does not have")

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from dpo_fast.errors import CheckpointError
+from dpo_fast.export.external import readable
 from dpo_fast.export.products import MOVES, find_routers, is_widening, reached_from, stored_tensors
 
 BETWEEN = MOVES | {"Add", "Expand", "Mul", "Neg", "Relu", "Sigmoid", "Sub", "Tanh"}
@@ -142,7 +143,8 @@ class _Narrowing:
         if self._half != ir.DataType.FLOAT16 or tensor is None or tensor.dtype not in MAGNITUDES or tensor.size == 0:
             return
         kind, mask = MAGNITUDES[tensor.dtype]
-        stored = tensor.numpy()
+        assert isinstance(tensor, ir.ExternalTensor)
+        stored = readable(tensor).numpy()
         largest = (stored.view(kind) & kind(mask)).max()
         magnitude = float(np.array(largest, kind).view(stored.dtype))
         if magnitude > FLOAT16_LIMIT:

@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.tape import Tape
 
+from dpo_fast.export.external import readable
 from dpo_fast.types import Float32Array
 
 # Operators that only move a tensor's entries; the widening casts of a stored bfloat16 or float16 commute with them.
@@ -130,8 +131,9 @@ def evaluate(weight: ir.Value) -> Float32Array:
 
 def _moved(value: ir.Value) -> NDArray[Any]:
     """An expression's values in the dtype in which they are stored."""
-    if value.const_value is not None:
-        return value.const_value.numpy()
+    constant = value.const_value
+    if constant is not None:
+        return (readable(constant) if isinstance(constant, ir.ExternalTensor) else constant).numpy()
     node = value.producer()
     assert node is not None
     if node.op_type == "Cast":

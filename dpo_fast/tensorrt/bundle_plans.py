@@ -176,7 +176,8 @@ def _refit(bundle: Path, folder: Path, entry: ModelEntry, plans: Plans, report: 
         for part, model in make_graphs(folder / entry.engine_graph).items():
             name = {"body": plans.body, "head": plans.head}[part]
             graph = write_graph(model, Path(working), part)
-            refit_plan(package, (bundle / entry.plan).parent / name, graph, target / name)
+            old = (bundle / entry.plan).parent / name
+            refit_plan(package, old, graph, target / name, host_code=bool(plans.options.get("version_compatible")))
             report(f"{name}: refitted")
     write_plans(folder / entry.plan, plans)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.convenience import get_const_tensor
 from onnx_ir.passes.common import ShapeInferencePass
 
 TABLE = Path(__file__).with_name("operators.toml")
@@ -43,6 +44,7 @@ class _Rule:
     constants: tuple[int, ...]
     attributes: dict[str, list[Any]]
     outputs: int | None
+    dimensions: int
 
 
 def find_violations(model: ir.Model) -> list[Violation]:
@@ -94,6 +96,11 @@ def _broken(node: ir.Node, rule: _Rule) -> Iterator[str]:
         and sum(bool(value.name) and bool(value.uses()) for value in node.outputs) > rule.outputs
     ):
         yield f"gives {rule.outputs} output"
+    shape = None if of_type is None else of_type.shape
+    if shape is not None and len(shape) < rule.dimensions:
+        yield f"takes {rule.dimensions} dimensions at least, not {len(shape)}"
+    if node.op_type == "Slice" and len(node.inputs) < 4 and (shape is None or len(shape) > 1):
+        yield "needs its axes"
     if node.op_type == "Squeeze" and len(node.inputs) < 2 and not _is_static(node.inputs[0]):
         yield "needs its axes"
     if node.op_type == "TopK" and _constant_size(node.inputs[1]) > LARGEST_TOP_K:
@@ -123,13 +130,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 def _constant_size(value: ir.Value | None) -> int:
     """A constant's number; 0 where it is not known."""
-    if value is None:
-        return 0
-    tensor = value.const_value
-    node = value.producer()
-    if tensor is None and node is not None and node.op_type == "Constant":
-        numbers = node.attributes["value_ints"].as_ints() if "value_ints" in node.attributes else [0]
-        return int(numbers[0])
+    tensor = None if value is None else get_const_tensor(value)
     return 0 if tensor is None else int(tensor.numpy().reshape(-1)[0])
 
 
@@ -166,7 +167,11 @@ def _table() -> tuple[dict[str, _Rule], dict[str, str], dict[str, int]]:
     for line in table["operators"]:
         types = line["types"] if isinstance(line["types"], list) else table[line["types"]]
         rule = _Rule(
-            frozenset(types), tuple(line.get("constants", ())), line.get("attributes", {}), line.get("outputs")
+            frozenset(types),
+            tuple(line.get("constants", ())),
+            line.get("attributes", {}),
+            line.get("outputs"),
+            line.get("dimensions", 0),
         )
         rules |= dict.fromkeys(line["names"], rule)
     return rules, table["refused"], table["opset"]

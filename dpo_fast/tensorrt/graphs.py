@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from onnx_ir.tape import Tape
 
 from dpo_fast.errors import BuildError
+from dpo_fast.export.external import readable
 from dpo_fast.export.products import is_widening, reached_from
 from dpo_fast.tensorrt.plans import STATES, TARGET_GATES
 
@@ -41,6 +42,7 @@ def make_graphs(graph: Path) -> dict[str, ir.Model]:
     ShapeInferencePass()(model)
     _widen_behind_gathers(model)
     _find_largest_by_comparing(model)
+    _average_weights(model)
     _cast_weights(model)
     try:
         return {BODY: _body(model.clone()), HEAD: _head(model.clone())}
@@ -60,6 +62,9 @@ def write_graph(model: ir.Model, folder: Path, name: str) -> Path:
         The .onnx file.
     """
     path = folder / f"{name}.onnx"
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = readable(value.const_value)
     ir.save(model, path, external_data=f"{name}.weights")
     return path
 
@@ -190,10 +195,10 @@ def _cast_weights(model: ir.Model) -> None:
         if (source, to) not in made:
             name = f"{source.name}.{to.name.lower()}"
             stored = source.const_value
-            assert stored is not None
+            assert isinstance(stored, ir.ExternalTensor)
             tensor = ir.LazyTensor(
                 lambda stored=stored, to=to, name=name: ir.tensor(  # type: ignore[misc]
-                    stored.numpy().astype(to.numpy()), dtype=to, name=name
+                    readable(stored).numpy().astype(to.numpy()), dtype=to, name=name
                 ),
                 dtype=to,
                 shape=ir.Shape(stored.shape.numpy()),
@@ -202,6 +207,42 @@ def _cast_weights(model: ir.Model) -> None:
             made[source, to] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(to), const_value=tensor)
             graph.register_initializer(made[source, to])
         node.outputs[0].replace_all_uses_with(made[source, to])
+    RemoveUnusedNodesPass()(model)
+
+
+def _average_weights(model: ir.Model) -> None:
+    """Make the mean of a weight a weight of its own: the plan would hold the matrix twice, and read it in each run."""
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "ReduceMean" else None
+        cast = None if source is None else source.producer()
+        if cast is not None and is_widening(cast):
+            source = cast.inputs[0]
+        axes = node.inputs[1].const_value if source is not None and len(node.inputs) > 1 and node.inputs[1] else None
+        if not _is_weight(source) or axes is None or node.outputs[0].dtype is None:
+            continue
+        assert source is not None
+        stored = source.const_value
+        assert isinstance(stored, ir.ExternalTensor)
+        over = tuple(axes.numpy().reshape(-1).tolist())
+        keeps = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+        name, kind = f"{source.name}.mean", node.outputs[0].dtype
+
+        def mean(
+            stored: ir.ExternalTensor = stored,
+            over: tuple[int, ...] = over,
+            keeps: bool = keeps,
+            name: str = name,
+            kind: ir.DataType = kind,
+        ) -> ir.TensorProtocol:
+            values = readable(stored).numpy().mean(over, dtype=np.float32, keepdims=keeps)
+            return ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
+
+        sizes = stored.shape.numpy()
+        kept = [1 if axis in over else size for axis, size in enumerate(sizes) if keeps or axis not in over]
+        tensor = ir.LazyTensor(mean, dtype=kind, shape=ir.Shape(kept), name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=tensor)
+        model.graph.register_initializer(value)
+        node.outputs[0].replace_all_uses_with(value)
     RemoveUnusedNodesPass()(model)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
+from dpo_fast.tensorrt.package import parser_errors
+
 
 class RefusedError(Exception):
     """The package did not do what it was asked; the message says what, and what it said itself."""
@@ -42,7 +44,7 @@ def build(job: dict[str, Any], say: TextIO) -> None:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["graph"]):
-        raise RefusedError(_parser_errors(parser) or _last(messages))
+        raise RefusedError(parser_errors(parser) or _last(messages))
 
     config = builder.create_builder_config()
     # float32 is float32: without this, its products keep 10 bits of the mantissa.
@@ -166,15 +168,6 @@ def _keep_timing_cache(config: Any, path: Path) -> None:
     working = path.with_name(f"{path.name}.{os.getpid()}")
     working.write_bytes(config.get_timing_cache().serialize())
     working.replace(path)
-
-
-def _parser_errors(parser: Any) -> str:
-    """What the parser refused, with node and operator."""
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return "; ".join(
-        f"node {error.node_name()!r} ({error.node_operator() or 'no operator'}): {' '.join(error.desc().split())[:300]}"
-        for error in errors[:3]
-    )
 
 
 def _last(messages: list[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 RECORDS = PROJECT / "build" / "architectures"
+PLAN_RECORDS = PROJECT / "build" / "tensorrt"
 BEGIN, END = "<!-- architectures: tests/export/architecture_table.py -->", "<!-- end of architectures -->"
 
 
