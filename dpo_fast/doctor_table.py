@@ -38,19 +38,24 @@ def print_outcomes(outcomes: Sequence[Mapping[str, Any]], console: Console) -> N
         outcomes: what `dpo_fast.self_test.self_test` returns.
         console: where to.
     """
-    table = Table(title="self-test: log-probs against PyTorch's, nats a token", title_justify="left")
-    for column in ("recipe", "result", "mean error", "largest", "limit of the mean", "seconds"):
-        table.add_column(column, no_wrap=True, header_style="bold")
+    table = Table(
+        title="self-test: log-probs against PyTorch's, nats a token", title_justify="left", header_style="bold"
+    )
+    for column in ("recipe", "result", "step", "seconds", "mean error", "limit", "largest"):
+        table.add_column(column, justify="left" if column in ("recipe", "result", "step") else "right")
     for outcome in outcomes:
-        compared = [step for step in outcome["steps"] if step["mean"] is not None]
-        table.add_row(
-            outcome["recipe"],
-            _result(outcome),
-            ", ".join(f"{step['mean']:.2g}" for step in compared),
-            ", ".join(f"{step['largest']:.2g}" for step in compared),
-            "" if outcome["limit"] is None else f"{outcome['limit']:g}",
-            ", ".join(f"{step['name']} {step['seconds']:.1f}" for step in outcome["steps"]),
-        )
+        first: tuple[Text, ...] = (Text(outcome["recipe"]), _result(outcome))
+        for step in outcome["steps"] or [{"name": "", "seconds": None, "mean": None, "largest": None}]:
+            compared = step["mean"] is not None
+            table.add_row(
+                *first,
+                step["name"],
+                "" if step["seconds"] is None else f"{step['seconds']:.1f}",
+                f"{step['mean']:.2g}" if compared else "",
+                f"{outcome['limit']:g}" if compared else "",
+                f"{step['largest']:.2g}" if compared else "",
+            )
+            first = Text(), Text()
     console.print(table)
     for reason in dict.fromkeys(outcome["reason"] for outcome in outcomes if outcome["reason"]):
         console.print(reason, highlight=False, markup=False)

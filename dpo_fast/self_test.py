@@ -137,11 +137,11 @@ def try_recipe(
         can_run: whether the engine runs here; if not, its plans are built only.
         report: called with a line at each step.
     """
-    from dpo_fast.export.exporter import ExportOptions, export
-    from dpo_fast.export.refit import RefitOptions, refit
-
     outcome = Outcome(name)
     try:
+        from dpo_fast.export.exporter import ExportOptions, export
+        from dpo_fast.export.refit import RefitOptions, refit
+
         recipe = load_recipe(name)
         outcome.limit, outcome.reason = LIMITS[recipe.precision]
         needed = str(calibration) if recipe.precision == "fp8" else None

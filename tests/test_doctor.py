@@ -407,8 +407,19 @@ def test_the_tables() -> None:
             {"recipe": "one", "passed": True, "ran": True, "error": None, **common},
             {"recipe": "two", "passed": True, "ran": False, "error": None, **common},
             {"recipe": "three", "passed": False, "ran": False, "error": "off by\n[b]miles", **common},
+            {"recipe": "four", "passed": False, "ran": False, "error": "is no recipe", **common, "steps": []},
         ],
     )
-    for expected in ("passed", "built, not run", "failed", "0.012", "0.056", "run 1.3", "three: off by", "[b]miles"):
+    for expected in (
+        "passed",
+        "built, not run",
+        "failed",
+        "0.012",
+        "0.056",
+        "1.3",
+        "three: off by",
+        "[b]miles",
+        "four: is no",
+    ):
         assert expected in text
     assert text.count("why so") == 1

@@ -81,9 +81,7 @@ def test_weights_lie_beside_the_graph_in_the_type_of_their_product(tmp_path: Pat
     stored = load_file(tmp_path / "policy" / "model.safetensors")
     body = {str(name): value.const_value for name, value in ir.load(parts[BODY]).graph.initializers.items()}
     named = {
-        name: tensor
-        for name, tensor in body.items()
-        if name.removesuffix(".float") in stored and tensor is not None
+        name: tensor for name, tensor in body.items() if name.removesuffix(".float") in stored and tensor is not None
     }
     assert len(named) == 2 * 9 + 2  # of two layers, the embedding and the last norm
     assert {tensor.dtype for name, tensor in named.items() if "proj" in name} == {ir.DataType.BFLOAT16}

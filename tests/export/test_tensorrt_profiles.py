@@ -119,7 +119,5 @@ def test_without_a_data_set_widths_grow_by_a_factor() -> None:
 
 
 def test_a_row_that_is_longer_than_a_batch_is_refused_before_anything_is_built() -> None:
-    with pytest.raises(
-        UsageError, match=r"2048 tokens, .* token_budget is 512; lower --max-length to 256"
-    ):
+    with pytest.raises(UsageError, match=r"2048 tokens, .* token_budget is 512; lower --max-length to 256"):
         choose_profiles(None, token_budget=512, longest_row=2048, count=4)

@@ -36,7 +36,7 @@ def test_every_name_exists_in_all_versions(source, surfaces):
 
 def test_names_are_found_at_all():
     """So that the check above has something to check."""
-    for name in ("engines/tensorrt.py", "tensorrt/refit.py", "tensorrt/worker.py"):
+    for name in ("engines/tensorrt.py", "tensorrt/package.py", "tensorrt/worker.py"):
         assert packages_in((ROOT / "dpo_fast" / name).read_text()) >= 3, name
 
 
