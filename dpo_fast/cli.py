@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dpo_fast import __version__
-from dpo_fast.errors import DpoFastError, UsageError
+from dpo_fast.errors import CheckFailedError, DpoFastError, UsageError
 from dpo_fast.publish.card import one_line
 from dpo_fast.recipes import DEFAULT
 from dpo_fast.types import LOSS_TYPES, Aggregate, FDivergence, LossSettings, OnError, ReferenceFree
@@ -484,6 +484,29 @@ def push_command(
         _print_json({"url": url})
     else:
         typer.echo(url)
+
+
+@app.command("doctor")
+def doctor_command(
+    no_self_test: Annotated[bool, typer.Option("--no-self-test", help="Only look; export and run nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has, which recipes it runs and what mends the others, and test the engines that it runs."""
+    from dpo_fast.doctor import examine
+    from dpo_fast.doctor_table import print_examination, print_outcomes
+    from dpo_fast.self_test import self_test
+
+    examined = examine()
+    if not as_json:
+        print_examination(examined, _console())
+    outcomes = [] if no_self_test else self_test(examined["recipes"], _say)
+    if as_json:
+        _print_json({**examined, "self_test": outcomes})
+    elif outcomes:
+        print_outcomes(outcomes, _console())
+    failed = [outcome["recipe"] for outcome in outcomes if not outcome["passed"]]
+    if failed:
+        raise CheckFailedError(f"the self-test failed for {', '.join(failed)}; the reasons stand above")
 
 
 @app.command("demo")

@@ -24,6 +24,7 @@ ENGINES: dict[str, dict[str, dict[str, tuple[str | int | bool, ...]]]] = {
         "fp16": {"head_precision": ("fp32", "fp16")},
         "bf16": {"head_precision": ("fp32", "bf16")},
     },
+    "onnxruntime-tensorrt": {"fp16": {"head_precision": ("fp32", "fp16")}},
     "openvino": {"fp32": {}, "bf16": {}, "int8": {"head_precision": ("fp32", "int8")}},
     "tensorrt": {
         "fp32": {"head_chunk": CHUNKS},

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_fast.batches import longest_row
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import BundleError
 from dpo_fast.tensorrt.package import PACKAGES
+from dpo_fast.tensorrt.plans import Profile
+from dpo_fast.tensorrt.profiles import choose_profiles
 
 
 def open_engine(bundle: Bundle, role: str, *, threads: int = 0) -> Engine:
@@ -33,11 +36,22 @@ def open_engine(bundle: Bundle, role: str, *, threads: int = 0) -> Engine:
                 f"{bundle.folder}`, on the machine that is to run them or for its GPU (--target)"
             )
         return TensorRtEngine(bundle.folder / entry.plan, precision=recipe["precision"], gates=gates)
-    return load_engine(recipe["engine"], recipe["precision"], bundle.engine_graph(role), gates, threads=threads)
+    profile = None
+    if recipe["engine"] == "onnxruntime-tensorrt":  # whose provider has one profile, as wide as the longest row
+        longest = longest_row(entry.layout, bundle.manifest.max_length)
+        (profile,) = choose_profiles(None, token_budget=recipe["token_budget"], longest_row=longest, count=1)
+    graph = bundle.engine_graph(role)
+    return load_engine(recipe["engine"], recipe["precision"], graph, gates, profile=profile, threads=threads)
 
 
 def load_engine(
-    engine: str, precision: str, graph: Path, gates: Sequence[float] | None = None, *, threads: int = 0
+    engine: str,
+    precision: str,
+    graph: Path,
+    gates: Sequence[float] | None = None,
+    *,
+    profile: Profile | None = None,
+    threads: int = 0,
 ) -> Engine:
     """Load a graph on an engine.
 
@@ -46,6 +60,7 @@ def load_engine(
         precision: a recipe's.
         graph: the .onnx file.
         gates: one for each adapter in the graph: 1 turns it on, 0 off; None for a graph without adapters.
+        profile: the shapes that ONNX Runtime builds a TensorRT engine for.
         threads: as `open_engine`.
 
     Raises:
@@ -56,10 +71,12 @@ def load_engine(
         from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(graph, precision=precision, gates=gates, threads=threads)
-    if engine == "onnxruntime-cuda":
-        from dpo_fast.engines.onnxruntime import CUDA, OnnxRuntimeEngine
+    if engine in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        from dpo_fast.engines.onnxruntime_gpu import PROVIDERS, OnnxRuntimeGpuEngine
 
-        return OnnxRuntimeEngine(graph, precision=precision, gates=gates, provider=CUDA, threads=threads)
+        return OnnxRuntimeGpuEngine(
+            graph, precision=precision, gates=gates, provider=PROVIDERS[engine], profile=profile, threads=threads
+        )
     if engine == "openvino":
         from dpo_fast.engines.openvino import OpenVinoEngine
 

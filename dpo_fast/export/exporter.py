@@ -32,7 +32,6 @@ from dpo_fast.publish.card import start_card
 from dpo_fast.recipes import DEFAULT, load_recipe
 from dpo_fast.tensorrt.bundle_plans import check_build_options, make_plans
 from dpo_fast.tensorrt.options import BuildOptions
-from dpo_fast.tensorrt.package import PACKAGES
 
 RECORDED = ("dpo-fast", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
@@ -131,7 +130,7 @@ def export(
                         vocabulary_tile=recipe.vocabulary_tile,
                         trust_remote_code=trust,
                         adapters=model.adapters,
-                        dense_experts=recipe.engine in PACKAGES,
+                        dense_experts="tensorrt" in recipe.engine,
                     ),
                 )
             if not (folder / model.graph).exists():

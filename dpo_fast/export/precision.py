@@ -20,6 +20,7 @@ from onnx_ir.tape import Tape
 
 from dpo_fast.errors import UsageError
 from dpo_fast.export.calibration import largest_magnitudes
+from dpo_fast.export.cuda_fusions import fuse_for_cuda
 from dpo_fast.export.half import narrow
 from dpo_fast.export.products import Product, evaluate, find_products, split_gemms
 from dpo_fast.export.quantized_products import MICROSOFT, Float8, Form, Int4, Int8, Int8Weights
@@ -61,6 +62,8 @@ def make_engine_graph(
         _replace(model, chosen, form, folder, folder / "engines" / recipe.name / f"{role}.safetensors")
     if recipe.precision in HALVES:
         narrow(model, HALVES[recipe.precision], [each.node for each in products if each.is_head and head_too])
+    if recipe.engine == "onnxruntime-cuda":
+        fuse_for_cuda(model)
     RemoveUnusedNodesPass()(model)
     name = f"{role}.{recipe.name}.onnx"
     ir.save(model, folder / name)

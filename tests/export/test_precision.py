@@ -48,9 +48,9 @@ INT7 = Recipe("int7", "", "onnxruntime", "int8", TILE, 256, "fp32", reduce_range
 INT4 = Recipe("int4", "", "onnxruntime", "int4", TILE, 256, "fp32", block_size=16, symmetric=True)
 INT4_ZERO = Recipe("int4-zero", "", "onnxruntime", "int4", TILE, 256, "int4", block_size=16, symmetric=False)
 OPENVINO_INT8 = Recipe("ov8", "", "openvino", "int8", TILE, 256, "int8")
-FP16 = Recipe("fp16", "", "onnxruntime-cuda", "fp16", TILE, 256, "fp32")
+FP16 = Recipe("fp16", "", "tensorrt", "fp16", TILE, 256, "fp32")
 FP16_HEAD = Recipe("fp16-head", "", "tensorrt", "fp16", TILE, 256, "fp16")
-BF16 = Recipe("bf16", "", "onnxruntime-cuda", "bf16", TILE, 256, "fp32")
+BF16 = Recipe("bf16", "", "tensorrt", "bf16", TILE, 256, "fp32")
 FP8 = Recipe("fp8", "", "tensorrt", "fp8", TILE, 256, "fp32")
 MADE = [INT8, INT8_HEAD, INT7, INT4, INT4_ZERO, OPENVINO_INT8, FP16, FP16_HEAD, BF16, FP8]
 # Mean error of a token's log-prob, in nats. These models have products of 32 to 64 terms and logits of several units; a

@@ -41,7 +41,8 @@ def options(name: str, dataset: str) -> ExportOptions:
 def test_the_issue_of_recipes_is_complete() -> None:
     assert {
         "cpu-fp32", "cpu-int8", "cpu-int4", "openvino-bf16", "openvino-int8", "cuda-fp16", "cuda-bf16",
-        "tensorrt-fp16", "tensorrt-fp8",
+        "onnxruntime-tensorrt-fp16", "tensorrt-fp32", "tensorrt-fp16", "tensorrt-bf16", "tensorrt-fp8",
+        "tensorrt-rtx-fp16", "tensorrt-rtx-bf16",
     } <= set(RECIPES)  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_from_export_to_metrics(tiny_pair: tuple[Path, Path], tmp_path: Path, da
         assert entry.self_check["passed"], "the exact graph is always there, and exact"
         graph = onnx.load(opened.engine_graph(role), load_external_data=False)
         domains = {node.domain for node in graph.graph.node}
-        assert domains <= {"", "com.microsoft"} if name.startswith("cpu") else domains == {""}
+        assert domains <= {"", "com.microsoft"} if name.startswith(("cpu", "cuda")) else domains == {""}
         quantised = [weights for weights in entry.weights if weights.startswith("engines/")]
         assert bool(quantised) == (recipe.precision in ("int8", "int4", "fp8"))
         assert all((bundle / weights).is_file() for weights in quantised)
