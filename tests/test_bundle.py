@@ -103,7 +103,7 @@ def test_names_outside_the_bundle(bundle: Bundle, name: str, where: str) -> None
 
 
 EDITS: dict[str, tuple[Callable[[Manifest], object], str]] = {
-    "another format": (lambda m: m.update(format=FORMAT + 1), "has format 3, and this version reads 2; export the"),
+    "another format": (lambda m: m.update(format=FORMAT + 1), "has format 4, and this version reads 3; export the"),
     "no format": (lambda m: m.pop("format"), "is damaged (KeyError: 'format')"),
     "an unknown key": (lambda m: m.update(extra=1), "is damaged (TypeError"),
     "no files": (lambda m: m.pop("files"), "is damaged (TypeError"),

@@ -112,7 +112,7 @@ def test_a_recipe_by_file(write: Callable[..., str]) -> None:
         (GOOD, {"engine": "tensorflow"}, "engine = 'tensorflow' is not known; choose from onnxruntime, onnxruntime-"),
         (GOOD, {"precision": "int3"}, "onnxruntime cannot run precision = 'int3'; choose from fp32, int8, int4"),
         (GOOD, {"precision": "bf16"}, "onnxruntime cannot run precision = 'bf16'; choose from fp32, int8, int4"),
-        (GOOD, {"engine": "tensorrt"}, "tensorrt cannot run precision = 'fp32'; choose from fp16, fp8"),
+        (INT8, {"engine": "tensorrt"}, "tensorrt cannot run precision = 'int8'; choose from fp32, fp16, bf16, fp8"),
         (GOOD, {"vocabulary_tile": 0}, "vocabulary_tile = 0 must be at least 1"),
         (GOOD, {"token_budget": -1}, "token_budget = -1 must be at least 1"),
         (GOOD, {"block_size": 32}, "'block_size' is of no use for onnxruntime in fp32, which takes none of its own"),
