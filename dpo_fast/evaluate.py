@@ -372,6 +372,11 @@ def _max_length(bundle: Bundle, options: EvaluateOptions) -> int:
             raise UsageError(
                 f"--max-length {options.max_length}: the {role} has positions for {entry.max_positions} tokens"
             )
+        if entry.plan is not None and options.max_length > bundle.manifest.max_length:
+            raise UsageError(
+                f"--max-length {options.max_length}: the bundle's plans take rows of --max-length "
+                f"{bundle.manifest.max_length}; export it with more"
+            )
     return options.max_length
 
 

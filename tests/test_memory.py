@@ -121,3 +121,41 @@ def test_the_roles_of_a_bundle_without_a_reference(tmp_path: Path) -> None:
 
     assert fit_together(alone, [POLICY])
     assert REFERENCE not in alone.manifest.models
+
+
+def on_a_gpu(bundle: Bundle, plans: dict[str, int] | None = None) -> Bundle:
+    """The bundle with a recipe for a GPU, and with plans of so many bytes."""
+    manifest = replace(bundle.manifest, recipe={**bundle.manifest.recipe, "engine": "tensorrt-rtx"})
+    files = dict(manifest.files)
+    for role, size in (plans or {}).items():
+        files[f"engines/r/{role}.json"] = {"bytes": 0, "sha256": ""}
+        files[f"engines/r/{role}.body.plan"] = {"bytes": size, "sha256": ""}
+    made = replace(bundle, manifest=replace(manifest, files=files))
+    named = {role: {"plan": f"engines/r/{role}.json"} for role in plans or {}}
+    return with_models(made, **{role: named.get(role, {}) for role in ROLES})
+
+
+def test_on_a_gpu_its_own_memory_counts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    available(monkeypatch, 0)  # of the machine, which is not asked
+    with_plans = on_a_gpu(bundle, {POLICY: 600, REFERENCE: 300})
+    for free, fits in ((1000, True), (999, False), (None, True)):
+        monkeypatch.setattr(memory, "available_device_memory", lambda free=free: free)
+        assert fit_together(with_plans, ROLES) == fits
+    needed = 3_000_000 * memory.DEVICE_BYTES_PER_PARAMETER
+    for free, fits in ((needed / SHARE + 1, True), (needed / SHARE - 1, False)):
+        monkeypatch.setattr(memory, "available_device_memory", lambda free=free: free)
+        assert fit_together(on_a_gpu(bundle), ROLES) == fits
+
+
+def test_what_the_driver_says_is_free(tmp_path: Path) -> None:
+    command = tmp_path / "nvidia-smi"
+
+    def answer(text: str, code: int = 0) -> int | None:
+        command.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n", encoding="utf-8")
+        command.chmod(0o755)
+        return memory.available_device_memory(str(command))
+
+    assert answer("1024\\n81000\\n") == 81000 * 2**20
+    assert answer("[N/A]") is None
+    assert answer("", 9) is None
+    assert memory.available_device_memory(str(tmp_path / "none")) is None

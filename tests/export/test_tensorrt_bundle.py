@@ -103,6 +103,12 @@ def test_evaluating_without_a_gpu_says_what_is_missing(
     assert not (tmp_path / "run").exists()
 
 
+def test_longer_rows_than_plans_take_are_refused_first(made: Path, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--max-length 100: the bundle's plans take rows of --max-length 64"):
+        evaluate(made, dataset, tmp_path / "run", EvaluateOptions(max_length=100))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_bundle_without_plans_names_the_command(tiny_pair: tuple[Path, Path], tmp_path: Path, dataset: str) -> None:
     lines: list[str] = []
     bundle = export(
