@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,38 @@ def test_budget_and_layout_change_no_number(dataset: str, tmp_path: Path) -> Non
 
 
 # Rows that cannot be used.
+
+
+class Pipelined(FakeEngine):
+    """Two batches under way: a batch is computed when the one before it is given out."""
+
+    def score_all(self, batches: Iterable[Batch]) -> Iterator[TokenScores]:
+        under_way: list[TokenScores] = []
+        for batch in batches:
+            under_way.append(self.score(batch))
+            if len(under_way) == 2:
+                yield under_way.pop(0)
+        yield from under_way
+
+
+def test_an_engine_with_two_batches_under_way_gives_the_same_numbers(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path
+) -> None:
+    small = EvaluateOptions(token_budget=40, part_size=3)  # several batches a part
+    engines: list[Pipelined] = []
+
+    def open_one(_: Bundle, role: str) -> Pipelined:
+        engines.append(Pipelined(role))
+        return engines[-1]
+
+    found = evaluate(bundle, dataset, run, small, engine=open_one)
+    assert max(len(engine.batches) for engine in engines) >= 3
+    one_by_one = evaluate(bundle, dataset, tmp_path / "plain", small, engine=FakeEngines())
+    assert {key: found[key] for key in TRL_KEYS} == {key: one_by_one[key] for key in TRL_KEYS}
+    parts = "scores/part-*.parquet"
+    assert [part.read_bytes() for part in sorted(run.glob(parts))] == [
+        part.read_bytes() for part in sorted((tmp_path / "plain").glob(parts))
+    ]
 
 
 def test_a_bad_row_stops_the_run_and_leaves_nothing(bundle: Path, run: Path, tmp_path: Path) -> None:

@@ -43,10 +43,9 @@ PRODUCTS = {
     "fp8": ir.DataType.FLOAT16,
 }
 # How much further from float32 than PyTorch in the same half precision a graph may be, in the mean over tokens: the
-# products are the same, and what lies between them is float32 here and half precision there. Measured 1.3 at most.
-WORSE = 2.0
-# Below it, in nats, neither is rounding in the products but in the probabilities of float32.
-FLOOR = 1e-3
+# products are the same, and what lies between them is float32 here and half precision there. Measured 0.29 to
+# 1.35; the most where a different expert is chosen.
+WORSE = 1.5
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,32 @@ def test_the_table_takes_every_recipes_graphs(exported: Exported, recipe: str) -
         assert kinds == {ir.DataType.FLOAT} if part == "head" else PRODUCTS[load_recipe(recipe).precision] in kinds
 
 
+@slow
+def test_a_plan_of_a_real_models_shape(tmp_path: Path) -> None:
+    """SmolLM2-135M's, with random weights in bfloat16: seconds, memory and bytes of the build are recorded."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192}  # fmt: skip
+    config = make_config("llama", tie_word_embeddings=True, head_dim=64, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    policy, bundle = save_model(model, tmp_path / "policy"), tmp_path / "bundle"
+    arguments = ["export", "--policy", str(policy), "--reference", "none", "--output", str(bundle), "--target", "sm86"]
+    assert run([*arguments, "--recipe", "tensorrt-rtx-fp16", "--no-self-check", "--profiles", "2"]) == 0
+    description = open_bundle(bundle).manifest.models[POLICY].plan
+    assert description is not None
+    built = read_plans(bundle / description).built
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    # Two bytes a parameter (the embedding in bfloat16, as it is stored), and the head's own matrix in float32.
+    weights = 2 * parameters + 4 * embedding
+    size = built["body"]["bytes"] + built["head"]["bytes"]
+    assert weights < size < 2 * weights
+    assert built["body"]["peak_memory_bytes"] < 8 * parameters * 2
+    PLAN_RECORDS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"shape": "SmolLM2-135M", "parameters": parameters, **built}, indent=1)
+    (PLAN_RECORDS / "SmolLM2-135M.shape.json").write_text(text + "\n", encoding="utf-8")
+
+
 def _say(graph: Path, half: str, layout: str) -> Arrays:
     """A graph's outputs for every batch, on ONNX Runtime's CPU provider."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in OUTPUTS}
@@ -147,7 +172,7 @@ def test_the_graph_is_as_near_as_pytorch_in_the_same_precision(exported: Exporte
     ours = np.abs(found["log_prob"] - exact["log_prob"]).mean()
     theirs = np.abs(rounded["log_prob"] - exact["log_prob"]).mean()
     exported.record(half, {"ours": float(ours), "theirs": float(theirs)})
-    assert 0 < ours <= WORSE * theirs + FLOOR
+    assert 0 < ours <= WORSE * theirs
 
 
 def _plain(policy: Path, dtype: torch.dtype) -> Arrays:
