@@ -30,7 +30,7 @@ ENGINES: dict[str, dict[str, dict[str, tuple[str | int | bool, ...]]]] = {
         "fp32": {"head_chunk": CHUNKS},
         "fp16": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS},
         "bf16": {"head_precision": ("fp32", "bf16"), "head_chunk": CHUNKS},
-        "fp8": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS},
+        "fp8": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS, "calibrator": ("largest", "modelopt")},
     },
     "tensorrt-rtx": {
         "fp16": {"head_precision": ("fp32", "fp16"), "head_chunk": CHUNKS},
@@ -57,6 +57,7 @@ class Recipe:
         block_size: entries of a column that share an int4 scale.
         head_chunk: targets that a TensorRT head takes at a time.
         symmetric: whether int4 levels lie around zero, or between a block's smallest and largest entry.
+        calibrator: who measures the activations that constant scales are chosen for; None where there are none.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Recipe:
     block_size: int | None = None
     symmetric: bool | None = None
     head_chunk: int | None = None
+    calibrator: str | None = None
 
 
 def recipe_folder() -> Path:

@@ -25,6 +25,8 @@ GOOD: dict[str, Any] = {
 }
 INT8 = {**GOOD, "precision": "int8", "head_precision": "fp32", "reduce_range": False}
 INT4 = {**GOOD, "precision": "int4", "head_precision": "int4", "block_size": 64, "symmetric": True}
+FP8 = {**GOOD, "engine": "tensorrt", "precision": "fp8", "head_precision": "fp32", "head_chunk": 256,
+       "calibrator": "largest"}  # fmt: skip
 OWN_KEYS = {key for precisions in ENGINES.values() for own in precisions.values() for key in own}
 
 
@@ -96,6 +98,8 @@ def test_a_recipe_by_file(write: Callable[..., str]) -> None:
     assert load_recipe(write(INT8)) == Recipe("mine", "one", "onnxruntime", "int8", 4096, 512, "fp32", False)
     expected = Recipe("mine", "one", "onnxruntime", "int4", 4096, 512, "int4", block_size=64, symmetric=True)
     assert load_recipe(write(INT4)) == expected
+    expected = Recipe("mine", "one", "tensorrt", "fp8", 4096, 512, "fp32", head_chunk=256, calibrator="modelopt")
+    assert load_recipe(write(FP8, calibrator="modelopt")) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,10 @@ def test_a_recipe_by_file(write: Callable[..., str]) -> None:
         (INT4, {"block_size": 32.0}, "block_size = 32.0 is not possible"),
         (INT4, {"symmetric": [True]}, "symmetric = [True] is not possible; choose from false, true"),
         (INT4, {"reduce_range": True}, "'reduce_range' is of no use for onnxruntime in int4"),
+        (FP8, {"calibrator": None}, "the key 'calibrator' is missing; choose from largest, modelopt"),
+        (FP8, {"calibrator": "entropy"}, "calibrator = 'entropy' is not possible; choose from largest, modelopt"),
+        (FP8, {"precision": "fp16"}, "'calibrator' is of no use for tensorrt in fp16, which takes head_precision"),
+        (INT8, {"calibrator": "largest"}, "'calibrator' is of no use for onnxruntime in int8, which takes head_precis"),
     ],
 )
 def test_recipes_that_are_wrong(

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from dpo_fast.batches import arrange, make_batches
 from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError
+from dpo_fast.export.modelopt_calibration import check_calibrator, measure_by_modelopt
+from dpo_fast.export.products import Product
 from dpo_fast.preferences import load_preferences
 from dpo_fast.recipes import Recipe
 from dpo_fast.token_table import make_table
@@ -19,7 +21,7 @@ from dpo_fast.types import TokenizedPair
 
 CALIBRATED = ("fp8",)  # precisions whose activations have constant scales
 
-TOKEN_BUDGET = 512
+ONE_ROW = 1  # token budget of batches that hold a row each, however long: padding would be measured too
 PAIRS = 64  # the data set's first; largest magnitudes hardly change beyond
 
 
@@ -36,9 +38,12 @@ def read_calibration(
         trust_remote_code: whether the tokenizer's own Python code may be run.
 
     Raises:
-        UsageError: pairs are missing, or given where the recipe has no use for them.
+        UsageError: pairs are missing, or given where the recipe has no use for them; an adapter where its calibrator
+            takes whole models.
         DatasetError: a row cannot be used.
+        MissingDependencyError: the calibrator is not installed.
     """
+    check_calibrator(recipe, tokenizer)
     if recipe.precision not in CALIBRATED:
         if dataset is not None:
             raise UsageError(
@@ -56,8 +61,34 @@ def read_calibration(
     return [item for item in tokenize(rows, loaded, max_length=max_length) if isinstance(item, TokenizedPair)]
 
 
+def measure_activations(
+    graph: Path, folder: Path, products: Iterable[Product], recipe: Recipe, pairs: Sequence[TokenizedPair]
+) -> dict[ir.Value, float]:
+    """The largest magnitude of each product's activation.
+
+    Args:
+        graph: the exact graph.
+        folder: the model's folder beside it.
+        products: of the graph.
+        recipe: says by its calibrator who measures; for an activation that ModelOpt does not, the exact graph does.
+        pairs: of the kind that the engine will score.
+
+    Raises:
+        MissingDependencyError: onnxruntime, or the calibrator, is not installed.
+        CheckpointError: Transformers cannot load the folder for ModelOpt.
+        CheckFailedError: an activation is infinite, or ModelOpt fails.
+    """
+    products = list(products)
+    found = measure_by_modelopt(folder, products, pairs) if recipe.calibrator == "modelopt" else {}
+    others = {each.activation: str(each.activation.name) for each in products if each.activation not in found}
+    if others:
+        largest = largest_magnitudes(graph, others.values(), pairs)
+        found |= {value: largest[name] for value, name in others.items()}
+    return found
+
+
 def largest_magnitudes(graph: Path, activations: Iterable[str], pairs: Sequence[TokenizedPair]) -> dict[str, float]:
-    """The largest magnitude of each of some values of a float32 graph, over pairs in the plain layout.
+    """The largest magnitude of each of some values of a float32 graph, over pairs, a sequence at a time.
 
     Args:
         graph: the exact graph; a temporary one that puts out the magnitudes as well is written beside it.
@@ -88,7 +119,7 @@ def largest_magnitudes(graph: Path, activations: Iterable[str], pairs: Sequence[
         ir.save(model, file.name)
         session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
         adapters = [value.shape[1] for value in session.get_inputs() if value.name == "adapter_gates"]
-        for batch in make_batches(arrange(make_table(pairs), "plain", TOKEN_BUDGET), TOKEN_BUDGET):
+        for batch in make_batches(arrange(make_table(pairs), "plain", ONE_ROW), ONE_ROW):
             inputs: dict[str, Any] = dict(batch.inputs)
             for switch in (0.0, 1.0) if adapters else (0.0,):  # all adapters off, then on
                 if adapters:

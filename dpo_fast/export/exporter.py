@@ -16,6 +16,7 @@ from dpo_fast.export.checkpoint import ADAPTER_FILE, Checkpoint, copy_folder, co
 from dpo_fast.export.engine_graphs import make_engine_graphs
 from dpo_fast.export.graph import INPUTS, trace
 from dpo_fast.export.head import OUTPUTS
+from dpo_fast.export.modelopt_calibration import check_calibrator
 from dpo_fast.export.probes import make_probes
 from dpo_fast.export.roles import (
     RoleModel,
@@ -106,6 +107,8 @@ def export(
             base=options.base,
             trust_remote_code=trust,
         )
+        for model in models.values():
+            check_calibrator(recipe, model.checkpoint.folder)
         if REFERENCE in models:
             check_same_language(models[POLICY], models[REFERENCE], trust_remote_code=trust)
         else:

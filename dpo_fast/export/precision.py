@@ -19,9 +19,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from dpo_fast.errors import UsageError
-from dpo_fast.export.calibration import largest_magnitudes
+from dpo_fast.export.calibration import measure_activations
 from dpo_fast.export.cuda_fusions import fuse_for_cuda
 from dpo_fast.export.half import narrow
+from dpo_fast.export.modelopt_calibration import check_calibrator
 from dpo_fast.export.products import Product, evaluate, find_products, split_gemms
 from dpo_fast.export.quantized_products import MICROSOFT, Float8, Form, Int4, Int8, Int8Weights
 from dpo_fast.export.weights_file import WeightsFile
@@ -46,16 +47,18 @@ def make_engine_graph(
         The name of the graph's file in the folder: the exact one's where the engine runs that.
 
     Raises:
-        UsageError: fp8 without calibration pairs.
+        UsageError: fp8 without calibration pairs, or an adapter where the recipe's calibrator takes whole models.
         CheckpointError: a weight is too large for float16.
+        MissingDependencyError: the recipe's calibrator is not installed.
     """
     exact = f"{role}.onnx"
+    check_calibrator(recipe, folder / role)
     if recipe.precision == "fp32" or (recipe.engine, recipe.precision) == ("openvino", "bf16"):
         return exact  # OpenVINO narrows by itself
     model = ir.load(folder / exact)
     split_gemms(model)
     products = find_products(model.graph)
-    form = _form(folder / exact, products, recipe, calibration)
+    form = _form(folder, role, products, recipe, calibration)
     head_too = recipe.head_precision != "fp32"
     if form is not None:
         chosen = [each for each in products if not each.is_head or recipe.head_precision == recipe.precision]
@@ -71,7 +74,7 @@ def make_engine_graph(
 
 
 def _form(
-    exact: Path, products: Sequence[Product], recipe: Recipe, calibration: Sequence[TokenizedPair] | None
+    folder: Path, role: str, products: Sequence[Product], recipe: Recipe, calibration: Sequence[TokenizedPair] | None
 ) -> Form | None:
     """What the products become, or None where their weights stay as they are stored."""
     match recipe.engine, recipe.precision:
@@ -88,9 +91,8 @@ def _form(
                     f"--recipe {recipe.name}: fp8 needs pairs to choose the activations' scales from; "
                     "name some with --calibration DATASET"
                 )
-            activations = {each.activation: str(each.activation.name) for each in products if not each.is_head}
-            largest = largest_magnitudes(exact, activations.values(), calibration)
-            return Float8({value: largest[name] for value, name in activations.items()})
+            body = [each for each in products if not each.is_head]
+            return Float8(measure_activations(folder / f"{role}.onnx", folder / role, body, recipe, calibration))
     return None
 
 
