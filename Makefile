@@ -6,7 +6,7 @@ BINDINGS := build/tensorrt-11.4 build/tensorrt-10.16 build/cuda-python
 UNPACK = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark benchmark-gpu clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/dpo-fast demo --output demo --overwrite
@@ -21,6 +21,10 @@ lint: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/peers.py
+
+benchmark-gpu: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.gpu --verify
+	$(VENV)/bin/python -m benchmarks.gpu
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

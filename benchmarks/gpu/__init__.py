@@ -1,0 +1,1 @@
+"""dpo_fast against its peers on an NVIDIA GPU: see `__main__.py`."""
