@@ -289,7 +289,9 @@ def test_an_interrupted_build_leaves_no_child(made: Path, tmp_path: Path) -> Non
         encoding="utf-8",
     )
     job = job_for(made, tmp_path, package="fake_tensorrt")
-    code = f"from dpo_fast.tensorrt.builder import run_worker; run_worker({job!r}, 'head')"
+    # Where the tests run in the background, SIGINT is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"from dpo_fast.tensorrt.builder import run_worker; run_worker({job!r}, 'head')"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
