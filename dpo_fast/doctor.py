@@ -6,7 +6,6 @@ Facts are gathered first and judged after: what is said of a machine with a GPU 
 import ctypes
 import importlib
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from dpo_fast.provenance import hardware
 from dpo_fast.recipes import Recipe, load_recipe, recipe_folder
 from dpo_fast.tensorrt.options import RTX_TARGETS
 from dpo_fast.tensorrt.package import PACKAGES as PLAN_PACKAGES
+from dpo_fast.tensorrt.package import load_driver
 
 # What recipes may need, by the name that Python imports, and the names under which registries have it.
 MODULES = {
@@ -313,15 +313,6 @@ def parse_gpus(answer: str) -> list[Gpu]:
             # A GPU that shares the processor's memory has "[N/A]".
             gpus.append(Gpu(name, capability, driver, int(memory) if memory.isdecimal() else 0))
     return gpus
-
-
-def load_driver() -> Any:
-    """NVIDIA's driver as a library, or None without one that starts."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-    return driver if driver.cuInit(0) == 0 else None
 
 
 def cuda_of_driver(driver: Any) -> str | None:

@@ -23,6 +23,16 @@ A message names the value, the place (file, row, tensor) and the way out, in one
 """
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What another library's error says, for a message of ours: on one line, and shortened to so many characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def named_line(error: BaseException) -> str:
+    """The same with the error's class first, where what it says alone may say nothing."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 class DpoFastError(Exception):
     """Base of the tree; `exit_code` is what the command line returns for it."""
 

@@ -81,13 +81,18 @@ def refuse_existing(target: Path, *, overwrite: bool, marker: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a temporary sibling, synced to the disk, then renamed."""
+    """Write a text as `write_bytes` does, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: Any) -> None:
+    """Write bytes, or what lends them, at once: a temporary sibling, synced to the disk, then renamed."""
     with storage_errors(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())

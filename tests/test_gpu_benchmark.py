@@ -266,7 +266,7 @@ def test_what_is_missing_has_its_reason() -> None:
 def test_a_large_model_is_written_shard_by_shard(
     tmp_path: Path, tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = {**large_model.SHAPE, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+    shape = {**large_model.LLAMA_8B, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 700}
     limit = 100_000  # bytes; the largest tensor has 89,600
     sizes: list[int] = []

@@ -8,28 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from export_large import SHAPE
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_fast.files import new_folder
 from dpo_fast.token_cache import of_the_tokenizer
 
-# https://huggingface.co/meta-llama/Llama-3.1-8B, config.json
-SHAPE: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-}  # fmt: skip
+LLAMA_8B: dict[str, Any] = {"model_type": "llama", **SHAPE}
 SHARD_BYTES = 2 << 30
 DEVIATION = 0.02  # of a weight, as Llama's are initialised
 STEP = 0.02  # between policy and reference, in deviations of a weight; as the smaller random models have it

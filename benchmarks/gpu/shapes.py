@@ -5,8 +5,7 @@ from pathlib import Path
 from bundles import find_models
 
 from dpo_fast.errors import UsageError
-from gpu.large_model import SHAPE as LLAMA_8B
-from gpu.large_model import make_large_pair
+from gpu.large_model import LLAMA_8B, make_large_pair
 
 RANDOM = ("smollm2-135m", "llama-3.2-1b")
 LARGE = "llama-3.1-8b"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_fast.batches import Batch
-from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError
+from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, one_line
 from dpo_fast.types import TokenScores
 
 if TYPE_CHECKING:
@@ -132,8 +132,3 @@ def failed(batch: Batch, error: Exception) -> EngineOutputError:
         f"ONNX Runtime failed at a batch of {rows} x {width} tokens ({one_line(error)}); "
         "if memory is short, lower --token-budget or --max-length"
     )
-
-
-def one_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its line breaks, shortened."""
-    return " ".join(str(error).split())[:300]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_fast.batches import Batch
-from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError
+from dpo_fast.engines.onnxruntime import ADAPTER_GATES
+from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError, one_line
 from dpo_fast.types import TokenScores
 
 if TYPE_CHECKING:
     import openvino
 
-ADAPTER_GATES = "adapter_gates"
 TARGETS = ("target_index", "target_ids")  # the inputs that say which states get logits, and of which tokens
 
 
@@ -72,7 +72,7 @@ class OpenVinoEngine:
             )
         except RuntimeError as error:
             raise BundleError(
-                f"{graph}: OpenVINO cannot load it ({_one_line(error)}); export the bundle again"
+                f"{graph}: OpenVINO cannot load it ({one_line(error)}); export the bundle again"
             ) from error
         self._gates: Sequence[float] | Sequence[Sequence[float]] | None = gates
         self.precision = precision
@@ -116,7 +116,7 @@ class OpenVinoEngine:
             scores = {name: np.array(self._head.get_tensor(name).data) for name in self._outputs}
         except RuntimeError as error:
             raise EngineOutputError(
-                f"OpenVINO failed at a batch of {rows} x {width} tokens ({_one_line(error)}); "
+                f"OpenVINO failed at a batch of {rows} x {width} tokens ({one_line(error)}); "
                 "if memory is short, lower --token-budget or --max-length"
             ) from error
         return TokenScores(**scores)
@@ -204,8 +204,3 @@ def _users(node: "openvino.Node") -> "list[openvino.Node]":
     """The nodes that take a node's results, in order of their names."""
     users = {place.get_node() for output in node.outputs() for place in output.get_target_inputs()}
     return sorted(users, key=lambda user: str(user.get_friendly_name()))
-
-
-def _one_line(error: Exception) -> str:
-    """An exception's text, shortened: OpenVINO's fill pages."""
-    return " ".join(str(error).split())[:300]

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dpo_fast.errors import CheckFailedError, CheckpointError, MissingDependencyError, UsageError
+from dpo_fast.errors import CheckFailedError, CheckpointError, MissingDependencyError, UsageError, named_line
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.export.products import Product
 from dpo_fast.quiet import quiet
@@ -96,7 +96,7 @@ def _calibrate(folder: Path, pairs: Sequence[TokenizedPair]) -> dict[str, float]
             ).eval()
     except Exception as error:  # the folder's own files
         raise CheckpointError(
-            f"{folder.name}: Transformers cannot load this checkpoint for ModelOpt ({_one_line(error)}); "
+            f"{folder.name}: Transformers cannot load this checkpoint for ModelOpt ({named_line(error)}); "
             'take calibrator = "largest"'
         ) from error
 
@@ -110,7 +110,7 @@ def _calibrate(folder: Path, pairs: Sequence[TokenizedPair]) -> dict[str, float]
             quantization.quantize(model, quantization.FP8_DEFAULT_CFG, run)
     except Exception as error:  # ModelOpt asserts that numbers are finite; architectures fail in their own ways
         raise CheckFailedError(
-            f'{folder.name}: ModelOpt cannot calibrate this model ({_one_line(error)}); take calibrator = "largest"'
+            f'{folder.name}: ModelOpt cannot calibrate this model ({named_line(error)}); take calibrator = "largest"'
         ) from error
     quantizers = {name: getattr(module, "input_quantizer", None) for name, module in model.named_modules()}
     return {
@@ -128,7 +128,3 @@ def _import_quantization() -> Any:
     except ImportError as error:
         raise MissingDependencyError("nvidia-modelopt", "modelopt", 'calibrator = "modelopt"') from error
     return quantization
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_fast.errors import CheckpointError
+from dpo_fast.errors import CheckpointError, named_line
 from dpo_fast.export.bindings import Binding, Made, Stored, bind
 from dpo_fast.export.checkpoint import FLOAT_SIZES, Checkpoint, same_bytes
 from dpo_fast.export.conversions import Conversions, UnknownOperationError
@@ -49,7 +49,7 @@ def match_parameters(
     except Exception as error:  # whatever an architecture's own code does with values that make no sense
         raise CheckpointError(
             f"{checkpoint.folder}: no causal LM can be built from config.json, "
-            f"whose model type is {config.model_type!r} ({_one_line(error)})"
+            f"whose model type is {config.model_type!r} ({named_line(error)})"
         ) from error
     conversions = Conversions(model)
     found = _convert(conversions, checkpoint, folder)
@@ -137,7 +137,7 @@ def _refuse(
     for name in sources if expected else ():
         if name not in known:
             raise CheckpointError(_no_part(conversions, checkpoint, name)) from error
-    reason = _one_line(error) if error is not None else f"the result has not the shape {list(shape or ())}"
+    reason = named_line(error) if error is not None else f"the result has not the shape {list(shape or ())}"
     raise CheckpointError(
         f"{checkpoint.folder}: Transformers cannot make the parameter {parameter!r} of the {len(sources)} tensors "
         f"{sources[0]!r} … ({reason}); is config.json the one of these weights?"
@@ -168,7 +168,3 @@ def _check_tied(checkpoint: Checkpoint, one: Binding, other: Binding) -> None:
                 f"{checkpoint.folder}: config.json ties the tensors {first.name!r} and {second.name!r}, and their "
                 "stored values differ; if they were trained apart, set tie_word_embeddings to false"
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

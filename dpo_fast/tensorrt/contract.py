@@ -5,11 +5,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dpo_fast.engines.onnxruntime import ADAPTER_GATES
 from dpo_fast.errors import BundleError
 from dpo_fast.tensorrt.plans import STATES, TARGET_GATES, Plans
 from dpo_fast.types import TokenScores
 
-ADAPTER_GATES = "adapter_gates"
 TARGET_IDS = "target_ids"
 OUTPUTS = tuple(output.name for output in fields(TokenScores))
 AGAIN = "build the plans again with `dpo-fast build`"

@@ -16,6 +16,7 @@ from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from onnx_ir.tape import Tape
 
+from dpo_fast.engines.onnxruntime import ADAPTER_GATES
 from dpo_fast.errors import BuildError
 from dpo_fast.export.external import readable
 from dpo_fast.export.products import is_widening, reached_from
@@ -91,7 +92,7 @@ def _entrances(graph: ir.Graph) -> list[ir.Node]:
 def _gates_alone(node: ir.Node) -> bool:
     """Whether what a node gathers is the input `adapter_gates`."""
     data = node.inputs[0]
-    return data is not None and data.name == "adapter_gates"
+    return data is not None and data.name == ADAPTER_GATES
 
 
 def _body(model: ir.Model) -> ir.Model:

@@ -34,14 +34,19 @@ def import_package(package: Package, purpose: str) -> ModuleType:
         raise MissingDependencyError(package, EXTRAS[package], purpose) from error
 
 
-def count_gpus() -> int:
-    """How many NVIDIA GPUs this machine's driver has; 0 where there is no driver."""
+def load_driver() -> Any:
+    """NVIDIA's driver as a library, or None without one that starts."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def count_gpus() -> int:
+    """How many NVIDIA GPUs this machine's driver has; 0 where there is no driver."""
+    driver, count = load_driver(), ctypes.c_int(0)
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
 

@@ -17,6 +17,8 @@ from dpo_fast.files import write_json
 Package = Literal["tensorrt", "tensorrt_rtx"]
 Range = tuple[int, int, int]  # the smallest, the one that kernels are tuned for, the largest
 
+WIDTH_STEP = 8  # tokens that widths are multiples of: matrix units want rows of 16 bytes, and fewer shapes are met
+
 # What the two halves of a graph hand to each other.
 STATES = "states"  # (N, H) of the targets
 TARGET_GATES = "target_gates"  # (N, adapters), where the head has adapters

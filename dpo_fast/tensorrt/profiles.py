@@ -13,10 +13,9 @@ import numpy as np
 
 from dpo_fast.batches import Arrangement, batch_spans
 from dpo_fast.errors import UsageError
-from dpo_fast.tensorrt.plans import Profile
+from dpo_fast.tensorrt.plans import WIDTH_STEP, Profile
 from dpo_fast.types import Int64Array
 
-STEP = 8  # widths are multiples of it: matrix units want rows of 16 bytes, and fewer shapes are met
 HEADROOM = 1.25  # times the token budget: what a box may hold, so that its narrowest batches need not be split
 SHORTEST = 64  # tokens; the narrowest box without a data set to go by
 
@@ -112,7 +111,7 @@ def choose_profiles(shapes: BatchShapes | None, *, token_budget: int, longest_ro
     if edges[-1] < end:
         edges.append(end)
     profiles = []
-    for low, high in zip([smallest, *(edge + STEP for edge in edges[:-1])], edges, strict=True):
+    for low, high in zip([smallest, *(edge + WIDTH_STEP for edge in edges[:-1])], edges, strict=True):
         low = min(low, high)
         rows = max(1, min(token_budget // low, int(token_budget * HEADROOM) // high))
         tuned = min(rows, max(1, token_budget // high))
@@ -170,7 +169,7 @@ def describe(uses: Sequence[Use]) -> list[str]:
 
 
 def _best_edges(widths: Int64Array, weights: Int64Array, count: int) -> list[int]:
-    """At most `count` right edges, multiples of `STEP`: sum of weight x (edge - width) is the smallest possible."""
+    """At most `count` right edges, multiples of `WIDTH_STEP`, with the least sum of weight x (edge - width)."""
     edges = np.unique(widths)
     weight = np.array([weights[widths == edge].sum() for edge in edges], np.float64)
     # cost(i, j): of edges i … j - 1 in one profile that ends at edge j - 1.
@@ -194,9 +193,9 @@ def _best_edges(widths: Int64Array, weights: Int64Array, count: int) -> list[int
 
 
 def _ceil(width: int) -> int:
-    return -(-width // STEP) * STEP
+    return -(-width // WIDTH_STEP) * WIDTH_STEP
 
 
 def _ceil_all(widths: Int64Array) -> Int64Array:
-    ceiled: Int64Array = -(-widths // STEP) * STEP
+    ceiled: Int64Array = -(-widths // WIDTH_STEP) * WIDTH_STEP
     return ceiled

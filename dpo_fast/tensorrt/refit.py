@@ -1,12 +1,10 @@
 """New weights for a plan: the same graph with other weights needs no new build."""
 
-import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from dpo_fast.errors import BuildError
-from dpo_fast.files import storage_errors
+from dpo_fast.files import write_bytes
 from dpo_fast.tensorrt.package import message_log, parser_errors, read_plan
 
 
@@ -50,18 +48,4 @@ def refit_plan(package: ModuleType, plan: Path, graph: Path, target: Path, *, ho
     serialized = engine.serialize()
     if serialized is None:
         raise BuildError(f"{plan}: cannot be written anew{log.last()}; build it again with `dpo-fast build`")
-    _write(target, serialized)
-
-
-def _write(target: Path, content: Any) -> None:
-    """Write a buffer at once: a temporary sibling, synced to the disk, then renamed."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with storage_errors(target):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_bytes(target, serialized)

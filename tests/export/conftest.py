@@ -1,12 +1,14 @@
 """Tracing costs seconds, so each architecture is traced once, and the export's tests share it."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from fake_engines import ROWS, write_rows
 from transformers import PretrainedConfig
 
-from dpo_fast.export import graph
+from dpo_fast.export import exporter, graph
 from dpo_fast.export.adapters import AdaptedModules
 from dpo_fast.export.roles import architecture
 
@@ -40,3 +42,15 @@ def traced() -> Trace:
         return remembered[key]
 
     return once
+
+
+@pytest.fixture
+def remembered_traces(monkeypatch: pytest.MonkeyPatch, traced: Trace) -> None:
+    """Exports take their traces from `traced`."""
+    monkeypatch.setattr(exporter, "trace", traced)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    """A few pairs in a file."""
+    return write_rows(tmp_path / "pairs.jsonl", ROWS)

@@ -6,32 +6,20 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
-from fake_engines import ROWS, write_rows
 
 from dpo_fast.bundle import POLICY, REFERENCE, open_bundle
 from dpo_fast.errors import DpoFastError, MissingDependencyError, UsageError
 from dpo_fast.evaluate import evaluate
-from dpo_fast.export import exporter
 from dpo_fast.export.exporter import ExportOptions, export
 from dpo_fast.export.refit import RefitOptions, refit
 from dpo_fast.recipes import load_recipe, recipe_folder
 
 Trace = Callable[..., ir.Model]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("remembered_traces")]
 RECIPES = sorted(path.stem for path in recipe_folder().glob("*.toml"))
 # Nats that a sequence's log-prob may be off, of some 10 tokens of models whose weights are random: bfloat16 has 8 bits,
 # int8 7, int4 3. The exact recipe is the exact graph.
 OFF = {"cpu-fp32": 0.0, "cpu-int8": 0.5, "cpu-int4": 5.0, "openvino-bf16": 0.5, "openvino-int8": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def remembered_traces(monkeypatch: pytest.MonkeyPatch, traced: Trace) -> None:
-    monkeypatch.setattr(exporter, "trace", traced)
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> str:
-    return write_rows(tmp_path / "pairs.jsonl", ROWS)
 
 
 def options(name: str, dataset: str) -> ExportOptions:

@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from fake_engines import ROWS, write_rows
 from tiny_models import copy_checkpoint, make_config, make_model, save_model
 
 from dpo_fast.bundle import POLICY, REFERENCE, open_bundle
@@ -31,19 +30,9 @@ from dpo_fast.tensorrt.plans import read_plans
 from dpo_fast.types import LossSettings
 
 Trace = Callable[..., ir.Model]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("remembered_traces")]
 RTX = "tensorrt-rtx-fp16"
 ONE = BuildOptions(targets=("sm89",), profiles=1)
-
-
-@pytest.fixture(autouse=True)
-def remembered_traces(monkeypatch: pytest.MonkeyPatch, traced: Trace) -> None:
-    monkeypatch.setattr(exporter, "trace", traced)
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> str:
-    return write_rows(tmp_path / "pairs.jsonl", ROWS)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from dpo_fast.batches import arrange, longest_row, make_batches
 from dpo_fast.errors import UsageError
+from dpo_fast.tensorrt.plans import WIDTH_STEP
 from dpo_fast.tensorrt.profiles import (
     HEADROOM,
-    STEP,
     BatchShapes,
     _best_edges,
     batch_shapes,
@@ -40,7 +40,7 @@ def pairs_of(lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
 )
 def test_no_other_edges_are_better(widths: list[int], weights: list[int], count: int) -> None:
     """Against every choice of edges."""
-    steps, weight = np.array(widths) * STEP, np.array(weights[: len(widths)])
+    steps, weight = np.array(widths) * WIDTH_STEP, np.array(weights[: len(widths)])
 
     def cost(edges: tuple[int, ...]) -> float:
         tuned = np.array(edges)[np.searchsorted(edges, steps)]
@@ -80,11 +80,11 @@ def test_every_batch_fits_and_what_is_told_of_it_is_so(
     assert 1 <= len(profiles) <= count + 1
     assert profiles[-1].width[2] >= longest
     for profile, following in pairwise(profiles):
-        assert following.width[0] == profile.width[2] + STEP
+        assert following.width[0] == profile.width[2] + WIDTH_STEP
     for profile in profiles:
         for low, tuned, high in (profile.rows, profile.width, profile.targets):
             assert 1 <= low <= tuned <= high
-        assert profile.width[0] % STEP == profile.width[2] % STEP == 0
+        assert profile.width[0] % WIDTH_STEP == profile.width[2] % WIDTH_STEP == 0
         assert profile.rows[2] == 1 or profile.rows[2] * profile.width[2] <= HEADROOM * budget
         assert profile.targets[2] == profile.rows[2] * profile.width[2]
     uses = uses_of(profiles, shapes)
