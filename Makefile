@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 # TensorRT's and CUDA's Python bindings, without the libraries behind them: what is called is checked against them.
-BINDINGS := build/tensorrt-11.4 build/tensorrt-10.16 build/cuda-python
+BINDINGS := build/tensorrt-11.4 build/tensorrt-10.16 build/cuda-python build/vllm
 UNPACK = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@
 INSTALLED := $(VENV)/.installed
 
@@ -29,7 +29,7 @@ benchmark-gpu: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,peft,trl,modelopt,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,peft,trl,modelopt,sign,dev]'
 	touch $(INSTALLED)
 
 build/tensorrt-11.4: | $(INSTALLED)
@@ -40,6 +40,11 @@ build/tensorrt-10.16: | $(INSTALLED)
 
 build/cuda-python: | $(INSTALLED)
 	$(UNPACK) cuda-bindings==13.4.4 cuda-pathfinder==1.9.0
+
+# A server that nobody here wrote, to verify: in a folder of its own, for it brings other versions.
+build/vllm: tests/endpoint_server.txt | $(INSTALLED)
+	$(UNPACK) -r tests/endpoint_server.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) build demo

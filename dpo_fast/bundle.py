@@ -7,6 +7,7 @@ policy.RECIPE.onnx …        the graph that the recipe's engine runs, where it 
 policy/ reference/          ordinary Transformers (or PEFT) folders
 base/                       the weights beneath an adapter, where the reference is not the base itself
 engines/RECIPE/             quantised weights; TensorRT's plans
+attestation.json model.sig  what `verify` found of these files, and who signed them
 """
 
 import json
@@ -28,7 +29,8 @@ POLICY, REFERENCE = "policy", "reference"
 ROLES = (POLICY, REFERENCE)
 # The model card is written again after each evaluation, and the manifest cannot hold its own hash; everything else
 # stays as it was exported.
-UNTRACKED = frozenset({MANIFEST, f"{POLICY}/README.md"})
+ATTESTATION, SIGNATURE = "attestation.json", "model.sig"  # of a verification; they come after the export
+UNTRACKED = frozenset({MANIFEST, ATTESTATION, SIGNATURE, f"{POLICY}/README.md"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@
     ├── InterruptedRunError           exit code 128 + the signal's number: Ctrl-C or SIGTERM
     └── CheckFailedError              exit code 3: a check did not pass
         ├── SelfCheckError            an exported graph differs from its PyTorch model
+        ├── VerificationError         an engine does not make the original's decisions, or nobody can tell
         └── EngineOutputError         an engine returned NaN, or too few values
 
 A message names the value, the place (file, row, tensor) and the way out, in one line.
@@ -114,6 +115,10 @@ class CheckFailedError(DpoFastError):
 
 class SelfCheckError(CheckFailedError):
     """An exported graph does not say what its PyTorch model says."""
+
+
+class VerificationError(CheckFailedError):
+    """A verification's verdict is "fail" or "cannot tell"."""
 
 
 class EngineOutputError(CheckFailedError):

@@ -157,7 +157,16 @@ def evaluate(
                 engines.load(role)
 
         try:
-            tokens = _open_tokens(opened, dataset, max_length, options)
+            tokens = bundle_tokens(
+                opened,
+                dataset,
+                max_length,
+                split=options.split,
+                limit=options.limit,
+                group_by=options.group_by,
+                on_error=options.on_error,
+                trust_remote_code=options.trust_remote_code,
+            )
             stack.callback(tokens.close)
             parts = _parts(tokens.rows, options)
             rows = min(parts.values())[0], max(parts.values())[1]
@@ -291,8 +300,18 @@ def _parts(rows: int, options: EvaluateOptions) -> dict[int, tuple[int, int]]:
     return {number: parts[number] for number in range(first, end)}
 
 
-def _open_tokens(bundle: Bundle, dataset: str, max_length: int, options: EvaluateOptions) -> TokenCache:
-    """All rows as token ids, by the policy's tokenizer, as TRL has it."""
+def bundle_tokens(
+    bundle: Bundle,
+    dataset: str,
+    max_length: int,
+    *,
+    split: str | None,
+    limit: int | None,
+    group_by: str | None,
+    on_error: OnError,
+    trust_remote_code: bool,
+) -> TokenCache:
+    """All rows as token ids, by the policy's tokenizer, as TRL has it; see `dpo_fast.token_cache.open_tokens`."""
     folder = f"{POLICY}/"
     hashes = {name: file["sha256"] for name, file in bundle.manifest.files.items() if name.startswith(folder)}
     return open_tokens(
@@ -301,11 +320,11 @@ def _open_tokens(bundle: Bundle, dataset: str, max_length: int, options: Evaluat
         {name: value for name, value in hashes.items() if of_the_tokenizer(name.removeprefix(folder))},
         max_length=max_length,
         vocabulary=bundle.manifest.models[POLICY].vocabulary,
-        split=options.split,
-        limit=options.limit,
-        group_by=options.group_by,
-        on_error=options.on_error,
-        trust_remote_code=options.trust_remote_code,
+        split=split,
+        limit=limit,
+        group_by=group_by,
+        on_error=on_error,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -37,6 +37,8 @@ ENGINES: dict[str, dict[str, dict[str, tuple[str | int | bool, ...]]]] = {
         "bf16": {"head_precision": ("fp32", "bf16"), "head_chunk": CHUNKS},
     },
 }
+# What may be left out, and the precisions that it belongs to.
+OPTIONAL = {"exact_layers": ("int8", "int4", "fp8")}
 # What every recipe has, and of which kind.
 COMMON = {"description": str, "engine": str, "precision": str, "vocabulary_tile": int, "token_budget": int}
 
@@ -58,6 +60,7 @@ class Recipe:
         head_chunk: targets that a TensorRT head takes at a time.
         symmetric: whether int4 levels lie around zero, or between a block's smallest and largest entry.
         calibrator: who measures the activations that constant scales are chosen for; None where there are none.
+        exact_layers: numbers of the layers, counted from 0, whose products are not quantised.
     """
 
     name: str
@@ -72,6 +75,11 @@ class Recipe:
     symmetric: bool | None = None
     head_chunk: int | None = None
     calibrator: str | None = None
+    exact_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take a list too, which is what TOML and JSON have."""
+        object.__setattr__(self, "exact_layers", tuple(self.exact_layers))
 
 
 def recipe_folder() -> Path:
@@ -97,9 +105,10 @@ def load_recipe(name: str) -> Recipe:
         raise UsageError(f"{path}: is no TOML: {error}") from error
     _check_common(path, keys)
     own = ENGINES[keys["engine"]][keys["precision"]]
+    optional = [key for key, precisions in OPTIONAL.items() if keys["precision"] in precisions]
     for key in keys:
-        if key not in COMMON and key not in own:
-            use = f"which takes {', '.join(own)}" if own else "which takes none of its own"
+        if key not in COMMON and key not in own and key not in optional:
+            use = f"which takes {', '.join([*own, *optional])}" if own else "which takes none of its own"
             raise UsageError(
                 f"{path}: the key {key!r} is of no use for {keys['engine']} in {keys['precision']}, {use}; leave it out"
             )
@@ -109,7 +118,19 @@ def load_recipe(name: str) -> Recipe:
         # Kinds are compared too: in Python, true is 1.
         if not any(type(keys[key]) is type(choice) and keys[key] == choice for choice in choices):
             raise UsageError(f"{path}: {key} = {keys[key]!r} is not possible; choose from {_listed(choices)}")
+    _check_exact_layers(path, keys.get("exact_layers", []))
     return Recipe(name=path.stem, **keys)
+
+
+def _check_exact_layers(path: Path, layers: Any) -> None:
+    """Refuse what is no list of layers; whether a model has them is for the export to say."""
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise UsageError(f"{path}: exact_layers = {layers!r} must be a list of whole numbers, such as [0, 29]")
+    for layer in layers:
+        if layer < 0:
+            raise UsageError(f"{path}: exact_layers = {layers!r}: layers are counted from 0, and {layer} is below")
+        if layers.count(layer) > 1:
+            raise UsageError(f"{path}: exact_layers = {layers!r} names layer {layer} more than once")
 
 
 def _check_common(path: Path, keys: dict[str, Any]) -> None:

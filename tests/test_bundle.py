@@ -31,7 +31,7 @@ def refusal(action: Callable[[], object]) -> str:
 def test_the_manifest_lists_every_file_but_the_untracked(bundle: Bundle) -> None:
     present = {path.relative_to(bundle.folder).as_posix() for path in bundle.folder.rglob("*") if path.is_file()}
     assert set(bundle.manifest.files) == present - {MANIFEST, "policy/README.md"}
-    assert {MANIFEST, "policy/README.md"} == UNTRACKED
+    assert {MANIFEST, "attestation.json", "model.sig", "policy/README.md"} == UNTRACKED
     assert bundle.manifest.files == hash_files(bundle.folder)
     assert {"policy.onnx", "reference.onnx", "policy/model.safetensors", "reference/model.safetensors",
             "policy/config.json", "policy/tokenizer.json"} <= present  # fmt: skip

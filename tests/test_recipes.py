@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_fast.errors import UsageError
-from dpo_fast.recipes import COMMON, DEFAULT, ENGINES, Recipe, load_recipe, recipe_folder
+from dpo_fast.recipes import COMMON, DEFAULT, ENGINES, OPTIONAL, Recipe, load_recipe, recipe_folder
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "export" / "README.md").read_text(encoding="utf-8")
@@ -27,7 +28,7 @@ INT8 = {**GOOD, "precision": "int8", "head_precision": "fp32", "reduce_range": F
 INT4 = {**GOOD, "precision": "int4", "head_precision": "int4", "block_size": 64, "symmetric": True}
 FP8 = {**GOOD, "engine": "tensorrt", "precision": "fp8", "head_precision": "fp32", "head_chunk": 256,
        "calibrator": "largest"}  # fmt: skip
-OWN_KEYS = {key for precisions in ENGINES.values() for own in precisions.values() for key in own}
+OWN_KEYS = {key for precisions in ENGINES.values() for own in precisions.values() for key in own} | {*OPTIONAL}
 
 
 def as_toml(keys: dict[str, Any]) -> str:
@@ -102,6 +103,16 @@ def test_a_recipe_by_file(write: Callable[..., str]) -> None:
     assert load_recipe(write(FP8, calibrator="modelopt")) == expected
 
 
+@pytest.mark.parametrize("keys", [INT8, INT4, FP8])
+def test_layers_that_stay_exact_may_be_named(write: Callable[..., str], keys: dict[str, Any]) -> None:
+    assert load_recipe(write(keys)).exact_layers == ()
+    assert load_recipe(write(keys, exact_layers=[])) == load_recipe(write(keys))
+    recipe = load_recipe(write(keys, exact_layers=[29, 0]))
+    assert recipe.exact_layers == (29, 0)
+    # A bundle's manifest is JSON, whose lists are lists.
+    assert Recipe(**json.loads(json.dumps(asdict(recipe)))) == recipe
+
+
 @pytest.mark.parametrize(
     ("keys", "changes", "expected"),
     [
@@ -132,6 +143,19 @@ def test_a_recipe_by_file(write: Callable[..., str]) -> None:
         (FP8, {"calibrator": None}, "the key 'calibrator' is missing; choose from largest, modelopt"),
         (FP8, {"calibrator": "entropy"}, "calibrator = 'entropy' is not possible; choose from largest, modelopt"),
         (FP8, {"precision": "fp16"}, "'calibrator' is of no use for tensorrt in fp16, which takes head_precision"),
+        (INT8, {"exact_layers": 3}, "exact_layers = 3 must be a list of whole numbers, such as [0, 29]"),
+        (INT8, {"exact_layers": [0, "1"]}, "exact_layers = [0, '1'] must be a list of whole numbers"),
+        (INT4, {"exact_layers": [0, 1.0]}, "exact_layers = [0, 1.0] must be a list of whole numbers"),
+        (INT4, {"exact_layers": [True]}, "exact_layers = [True] must be a list of whole numbers"),
+        (FP8, {"exact_layers": [[0]]}, "exact_layers = [[0]] must be a list of whole numbers"),
+        (FP8, {"exact_layers": [2, -1]}, "exact_layers = [2, -1]: layers are counted from 0, and -1 is below"),
+        (INT8, {"exact_layers": [1, 0, 1]}, "exact_layers = [1, 0, 1] names layer 1 more than once"),
+        (GOOD, {"exact_layers": [0]}, "'exact_layers' is of no use for onnxruntime in fp32, which takes none of its"),
+        (
+            FP8,
+            {"precision": "fp16", "calibrator": None, "exact_layers": [0]},
+            "'exact_layers' is of no use for tensorrt in fp16, which takes head_precision, head_chunk; leave it out",
+        ),
         (INT8, {"calibrator": "largest"}, "'calibrator' is of no use for onnxruntime in int8, which takes head_precis"),
     ],
 )
@@ -168,7 +192,8 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
 
 ENGINE_NAMES = st.sampled_from([*ENGINES, "", "Onnxruntime"])
 PRECISIONS = st.sampled_from([*{name for precisions in ENGINES.values() for name in precisions}, "int3"])
-ANYTHING = st.one_of(st.booleans(), st.integers(-1, 300), st.floats(allow_nan=False, allow_infinity=False), PRECISIONS)
+SCALARS = st.one_of(st.booleans(), st.integers(-1, 300), st.floats(allow_nan=False, allow_infinity=False), PRECISIONS)
+ANYTHING = SCALARS | st.lists(SCALARS, max_size=3)
 RECIPES = st.fixed_dictionaries(
     {"description": st.just("x"), "engine": ENGINE_NAMES, "precision": PRECISIONS, "vocabulary_tile": st.just(8)},
     optional={"token_budget": ANYTHING, **dict.fromkeys(sorted(OWN_KEYS), ANYTHING), "unknown": ANYTHING},
@@ -188,6 +213,8 @@ def test_any_keys_make_a_recipe_or_one_line(keys: dict[str, Any], tmp_path_facto
         assert message.startswith(f"{path}: ")
         assert "\n" not in message
         return
+    layers = keys.pop("exact_layers", None)
+    assert layers is None or (list(recipe.exact_layers) == layers and recipe.precision in OPTIONAL["exact_layers"])
     assert {key: getattr(recipe, key) for key in keys} == keys
     assert set(keys) == {*COMMON, *ENGINES[recipe.engine][recipe.precision]}
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dpo_fast.errors import CheckFailedError, CheckpointError, MissingDependencyError, UsageError, named_line
+from dpo_fast.engines.torch import load_model
+from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError, named_line
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.export.products import Product
 from dpo_fast.quiet import quiet
@@ -86,19 +87,9 @@ def _calibrate(folder: Path, pairs: Sequence[TokenizedPair]) -> dict[str, float]
     One completion behind its prompt is a sequence, and each is run by itself: no padding is measured.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     quantization = _import_quantization()
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-            ).eval()
-    except Exception as error:  # the folder's own files
-        raise CheckpointError(
-            f"{folder.name}: Transformers cannot load this checkpoint for ModelOpt ({named_line(error)}); "
-            'take calibrator = "largest"'
-        ) from error
+    model = load_model(folder, None, torch.float32)
 
     def run(model: Any) -> None:
         for pair in pairs:

@@ -10,6 +10,7 @@ embedding, normalisations, biases) is pointed at where it lies::
 Logits are reduced in float32 whatever the precision: softmax, log-sum-exp and all that follows.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dpo_fast.export.calibration import measure_activations
 from dpo_fast.export.cuda_fusions import fuse_for_cuda
 from dpo_fast.export.half import narrow
 from dpo_fast.export.modelopt_calibration import check_calibrator
-from dpo_fast.export.products import Product, evaluate, find_products, split_gemms
+from dpo_fast.export.products import Product, evaluate, find_products, split_gemms, stored_tensors
 from dpo_fast.export.quantized_products import MICROSOFT, Float8, Form, Int4, Int8, Int8Weights
 from dpo_fast.export.weights_file import WeightsFile
 from dpo_fast.recipes import Recipe
@@ -47,7 +48,8 @@ def make_engine_graph(
         The name of the graph's file in the folder: the exact one's where the engine runs that.
 
     Raises:
-        UsageError: fp8 without calibration pairs, or an adapter where the recipe's calibrator takes whole models.
+        UsageError: fp8 without calibration pairs, an adapter where the recipe's calibrator takes whole models, or a
+            layer to be kept exact that the model does not have.
         CheckpointError: a weight is too large for float16.
         MissingDependencyError: the recipe's calibrator is not installed.
     """
@@ -57,11 +59,13 @@ def make_engine_graph(
         return exact  # OpenVINO narrows by itself
     model = ir.load(folder / exact)
     split_gemms(model)
+    _check_layers(model.graph, role, recipe)
     products = find_products(model.graph)
     form = _form(folder, role, products, recipe, calibration)
     head_too = recipe.head_precision != "fp32"
     if form is not None:
         chosen = [each for each in products if not each.is_head or recipe.head_precision == recipe.precision]
+        chosen = [each for each in chosen if not _layers_of(each) & set(recipe.exact_layers)]
         _replace(model, chosen, form, folder, folder / "engines" / recipe.name / f"{role}.safetensors")
     if recipe.precision in HALVES:
         narrow(model, HALVES[recipe.precision], [each.node for each in products if each.is_head and head_too])
@@ -71,6 +75,38 @@ def make_engine_graph(
     name = f"{role}.{recipe.name}.onnx"
     ir.save(model, folder / name)
     return name
+
+
+def layer_number(name: str) -> int | None:
+    """The layer of the decoder that a weight belongs to, by its name; None for an embedding, a last norm, a head.
+
+    It is the first number among the name's parts: the 3 of ``policy/model.layers.3.mlp.experts.7.w1.weight``.
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.", name.rpartition("/")[2])
+    return int(found[1]) if found else None
+
+
+def layer_numbers(graph: ir.Graph) -> set[int]:
+    """The layers of the decoder that a graph has weights of."""
+    weights = (name for name, value in graph.initializers.items() if isinstance(value.const_value, ir.ExternalTensor))
+    return {number for name in weights if (number := layer_number(name)) is not None}
+
+
+def _layers_of(product: Product) -> set[int | None]:
+    """The layers that a product's weight belongs to."""
+    return {layer_number(name) for name in stored_tensors(product.weight) or ()}
+
+
+def _check_layers(graph: ir.Graph, role: str, recipe: Recipe) -> None:
+    """Refuse layers to be kept exact that a model does not have."""
+    there = layer_numbers(graph)
+    for layer in recipe.exact_layers:
+        if layer not in there:
+            has = f"{min(there)} to {max(there)}" if there else "none that are numbered"
+            raise UsageError(
+                f"--recipe {recipe.name}: exact_layers = {list(recipe.exact_layers)}: the {role} has no layer {layer}; "
+                f"its layers are {has}"
+            )
 
 
 def _form(

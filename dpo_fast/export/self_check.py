@@ -11,9 +11,9 @@ import numpy as np
 from dpo_fast.batches import LAYOUTS, Layout, arrange, make_batches
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
-from dpo_fast.errors import CheckpointError, EngineOutputError, MissingDependencyError, SelfCheckError
+from dpo_fast.engines.torch import load_model
+from dpo_fast.errors import EngineOutputError, SelfCheckError
 from dpo_fast.export.probes import LONGEST_WINDOW, make_probes
-from dpo_fast.quiet import quiet
 from dpo_fast.scores import check_scores
 from dpo_fast.token_table import make_table
 from dpo_fast.types import TokenizedPair
@@ -171,7 +171,7 @@ def _plain_scores(
 
     from dpo_fast.export.positions import longest_sequence, windows
 
-    model = _load(folder, base, trust_remote_code)
+    model = load_model(folder, base, torch.float32, trust_remote_code=trust_remote_code)
     ends = (getattr(model.config.get_text_config(), "max_position_embeddings", None), longest_sequence(model.config))
     pairs = make_probes(
         model.get_output_embeddings().weight.shape[0],
@@ -202,29 +202,3 @@ def _plain_scores(
     del model
     gc.collect()
     return pairs, expected
-
-
-def _load(folder: Path, base: Path | None, trust_remote_code: bool) -> Any:
-    """The PyTorch model of a Transformers folder, or of a PEFT folder and its base, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if base is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise MissingDependencyError("peft", "peft", "comparing an adapter's graph with PyTorch") from error
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder if base is None else base,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
-            return (model if base is None else PeftModel.from_pretrained(model, folder)).eval()
-    except Exception as error:  # the folder's own files, read by as many loaders
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        loader = "Transformers" if base is None else "PEFT"
-        raise CheckpointError(f"{folder.name}: {loader} cannot load this checkpoint ({reason})") from error

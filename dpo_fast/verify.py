@@ -1,0 +1,419 @@
+"""Does a bundle's engine still make the decisions of the weights that it came from?
+
+The engine and the original PyTorch weights score the same pairs; the original does so several times, for its own noise.
+
+rows -> tokens -> engine, original (three times) -> drift, decisions, noise floor -> verdict -> table, verify.json, page
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dpo_fast.batches import Layout, longest_row
+from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
+from dpo_fast.engines import load_engine, open_engine
+from dpo_fast.engines.base import Engine
+from dpo_fast.engines.endpoint import Dialect, EndpointEngine
+from dpo_fast.engines.torch import TorchEngine
+from dpo_fast.errors import DatasetError, EngineOutputError, UsageError
+from dpo_fast.evaluate import bundle_tokens
+from dpo_fast.export.checkpoint import ADAPTER_CONFIG
+from dpo_fast.files import new_folder, write_json, write_text
+from dpo_fast.progress import Progress
+from dpo_fast.provenance import hardware, versions
+from dpo_fast.token_table import TokenTable
+from dpo_fast.types import OnError, ReferenceFree
+from dpo_fast.verification.bisect import bisect
+from dpo_fast.verification.noise import Floor
+from dpo_fast.verification.page import write_page
+from dpo_fast.verification.scoring import score_tokens
+from dpo_fast.verification.served import score_served
+from dpo_fast.verification.types import Pairs as VerifiedPairs
+from dpo_fast.verification.types import ScoredTokens, Scoring, Scorings
+from dpo_fast.verification.verdict import Check, Tolerance, Verification, default_tolerance, verify_scores
+
+RESULT, PAGE, RECIPE = "verify.json", "verify.html", "exact-layers.toml"
+EngineChoice = Literal["recipe", "exact"]
+# The original in two shapes of batches: several rows at a time, and one.
+ORIGINAL_BUDGET, ONE_ROW = 1024, 1
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+HALVES = {"BF16": "bf16", "F16": "fp16"}  # a checkpoint's own precision, by safetensors' names
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """What a user can choose about a verification.
+
+    Attributes:
+        engine: the recipe's, or the exact graph on ONNX Runtime.
+        endpoint: URL of a server that is verified instead, serving the policy.
+        model: its name there.
+        endpoint_dialect: how the server is asked for log-probs.
+        api_key_variable: the environment variable that holds the server's key, where it needs one.
+        precision: what the engine claims to compute in, which decides the limits; None takes the recipe's, and of a
+            server the checkpoint's own.
+        split: of a data set that has several.
+        limit: only the first rows.
+        group_by: a column by whose values drift and decisions are given as well.
+        on_error: what a row that cannot be used does: "stop" the verification, or be a "skip".
+        max_length: of prompt and completion together, in tokens; None takes the bundle's.
+        beta: strength of the reference.
+        reference_free: score by the policy's log-probs alone.
+        token_budget: of the engine's batches, in tokens; None takes the recipe's.
+        floor, max_multiple, max_accuracy_change, near_tie, max_growth: see `verdict.Tolerance`; None takes what suits
+            the engine's precision.
+        bisect: whether the layers that drift comes from are looked for.
+        threads: of the engine; 0 takes every physical core.
+        seed: of the bootstrap.
+        trust_remote_code: whether the checkpoint's own Python code may be run.
+        overwrite: whether an existing output is replaced.
+        progress: whether a bar is shown on standard error.
+    """
+
+    engine: EngineChoice = "recipe"
+    endpoint: str | None = None
+    model: str | None = None
+    endpoint_dialect: Dialect = "auto"
+    api_key_variable: str = "OPENAI_API_KEY"
+    precision: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    group_by: str | None = None
+    on_error: OnError = "stop"
+    max_length: int | None = None
+    beta: float = 0.1
+    reference_free: ReferenceFree | None = None
+    token_budget: int | None = None
+    floor: Floor | None = None
+    max_multiple: float | None = None
+    max_accuracy_change: float | None = None
+    near_tie: float | None = None
+    max_growth: float | None = None
+    bisect: bool = False
+    threads: int = 0
+    seed: int = 0
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    progress: bool = False
+
+
+def verify(
+    bundle: Path,
+    dataset: str,
+    output: Path,
+    options: VerifyOptions = VerifyOptions(),
+    report: Callable[[str], None] = lambda step: None,
+    engine: Callable[[Bundle, str], Engine] | None = None,
+) -> dict[str, Any]:
+    """Verify a bundle's engine against the original weights, and write verify.json and a page.
+
+    Args:
+        bundle: what `dpo_fast.export` wrote.
+        dataset: a file, a folder or a Hub id.
+        output: the folder to write.
+        options: see `VerifyOptions`.
+        report: called with a line at each step.
+        engine: opens a role's engine; the one that `options` name by default.
+
+    Returns:
+        The content of verify.json; its "verdict" is "pass", "fail" or "cannot tell".
+
+    Raises:
+        InputError: bundle, data set, options or disk; the message says what to do.
+        EngineOutputError: the original gave what cannot be right.
+    """
+    began = time.perf_counter()
+    _check_options(options)
+    opened = open_bundle(bundle)
+    roles = [POLICY, REFERENCE] if options.reference_free is None else [POLICY]
+    if REFERENCE in roles and not opened.has_reference:
+        raise UsageError(f"{bundle}: has no reference; say --reference-free sum, average or norm")
+    precision = options.precision or _claimed_precision(opened, options)
+    tolerance = _tolerance(options, precision)
+    max_length = options.max_length or opened.manifest.max_length
+    report("checking the bundle's files")
+    opened.verify()
+    with new_folder(output, overwrite=options.overwrite, marker=RESULT) as folder:
+        table, data, skipped = _read(opened, dataset, max_length, options)
+        original = _Original(opened, max_length, options)
+        scorings: dict[str, Scoring] = {}
+        seconds: dict[str, float] = {}
+        problem: str | None = None
+        name = ""
+        with Progress((3 + 1) * len(table) * len(roles), shown=options.progress) as progress:
+
+            @contextmanager
+            def timed(what: str) -> Iterator[None]:
+                report(f"scoring {len(table)} pairs: {what}")
+                started = time.perf_counter()
+                yield
+                seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
+
+            halves = original.half_precisions(precision)
+            said: dict[str, dict[str, tuple[ScoredTokens, ScoredTokens]]] = {}
+            for role in roles:
+                for what, kind, budget in (
+                    ("original", "fp32", ORIGINAL_BUDGET),
+                    ("original, one row a batch", "fp32", ONE_ROW),
+                    *((f"original in {half}", half, ORIGINAL_BUDGET) for half in halves),
+                ):
+                    with timed(what):
+                        said.setdefault(what, {})[role] = original.score(role, kind, budget, table, progress.add)
+                original.release()
+            try:
+                with timed("engine"):
+                    said["engine"] = {}
+                    if options.endpoint is not None:
+                        server = _endpoint(options)
+                        name = server.name
+                        said["engine"] = {**said["original"], POLICY: score_served(table, server, progress.add)}
+                    for role in roles if options.endpoint is None else ():
+                        loaded = (engine or _opener(options))(opened, role)
+                        name = loaded.name
+                        entry = opened.manifest.models[role]
+                        said["engine"][role] = score_tokens(
+                            table,
+                            loaded,
+                            layout=entry.layout,
+                            token_budget=options.token_budget or int(opened.manifest.recipe["token_budget"]),
+                            row_limit=longest_row(entry.layout, max_length),
+                            watch=progress.add,
+                        )
+                        del loaded
+            except EngineOutputError as error:  # what it said is no opinion: that is a verdict
+                problem = str(error)
+        if problem is None:
+            scorings = {what: _scoring(table, by_role) for what, by_role in said.items()}
+            rounded = [scorings[f"original in {half}"] for half in halves]
+            judged = verify_scores(
+                Scorings(
+                    pairs=_pairs(table, options),
+                    original=scorings["original"],
+                    reshaped=scorings["original, one row a batch"],
+                    rounded=rounded[0] if rounded else None,
+                    engine=scorings["engine"],
+                    beta=options.beta,
+                    reference_free=options.reference_free,
+                ),
+                tolerance,
+                seed=options.seed,
+            )
+        else:
+            check = Check("integrity", None, None, 0.0, "fail", problem)
+            judged = Verification("fail", (problem,), None, tolerance, (check,))
+        result = {
+            **judged.as_dict(),
+            "pairs": len(table),
+            "skipped": skipped,
+            "timing": {"scoring_seconds": seconds, "total_seconds": time.perf_counter() - began},
+            "provenance": {
+                "engine": name,
+                "precision": precision,
+                "original": original.name,
+                "recipe": opened.manifest.recipe["name"],
+                "versions": versions(),
+                "hardware": hardware(),
+                "dataset": data,
+                "max_length": max_length,
+                "beta": options.beta,
+                "reference_free": options.reference_free,
+                "models": {
+                    role: {
+                        "source": opened.manifest.models[role].source,
+                        "revision": opened.manifest.models[role].revision,
+                        "weights_and_graph_sha256": opened.role_hashes(role),
+                    }
+                    for role in roles
+                },
+            },
+        }
+        if options.bisect:
+            found = bisect(
+                opened,
+                roles,
+                table,
+                threads=options.threads,
+                trust_remote_code=options.trust_remote_code,
+                report=report,
+            )
+            result["bisect"] = found
+            if found["recipe"] is not None:
+                write_text(folder / RECIPE, found["recipe"])
+        write_json(folder / RESULT, result)
+        write_page(folder / PAGE, result)
+    return result
+
+
+def _check_options(options: VerifyOptions) -> None:
+    """Refuse values that no data set could make sense of."""
+    if options.limit is not None and options.limit < 1:
+        raise UsageError(f"--limit {options.limit} must be at least 1")
+    if options.max_length is not None and options.max_length < 2:
+        raise UsageError(f"--max-length {options.max_length} leaves no room for a prompt and a completion")
+    if (options.endpoint is None) != (options.model is None):
+        raise UsageError("--endpoint URL and --model NAME go together")
+    if options.endpoint is not None and options.engine != "recipe":
+        raise UsageError(f"--engine {options.engine}: with --endpoint it is the server that is verified")
+    if options.precision is not None and options.precision not in PRECISIONS:
+        raise UsageError(f"--precision {options.precision!r} is not known; choose from {', '.join(PRECISIONS)}")
+    if options.seed < 0:
+        raise UsageError(f"--seed {options.seed} must be at least 0")
+    if options.threads < 0:
+        raise UsageError(f"--threads {options.threads} must be at least 0, which takes every core")
+    if not 0 < options.beta < float("inf"):
+        raise UsageError(f"--beta {options.beta:g} must be above 0")
+
+
+def _tolerance(options: VerifyOptions, precision: str) -> Tolerance:
+    """What suits the precision, with what the user says in its place.
+
+    Raises:
+        UsageError: a limit that is none.
+    """
+    said = {
+        name: getattr(options, name)
+        for name in ("floor", "max_multiple", "max_accuracy_change", "near_tie", "max_growth")
+        if getattr(options, name) is not None
+    }
+    try:
+        return replace(default_tolerance(precision), **said)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{name.replace('_', '-')} {rest}") from error
+
+
+def _read(
+    bundle: Bundle, dataset: str, max_length: int, options: VerifyOptions
+) -> tuple[TokenTable, dict[str, Any], int]:
+    """All pairs as token ids, what is said of the data set, and how many rows were skipped."""
+    tokens = bundle_tokens(
+        bundle,
+        dataset,
+        max_length,
+        split=options.split,
+        limit=options.limit,
+        group_by=options.group_by,
+        on_error=options.on_error,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        tokens.make_ahead(0, tokens.rows)
+        table, skipped = tokens.read(0, tokens.rows)
+        if not len(table):
+            raise DatasetError(f"{dataset}: none of its {tokens.rows} rows can be used; {skipped[0].reason}")
+        data = {
+            "name": Path(dataset).name if Path(dataset).exists() else dataset,
+            "split": tokens.data.split,
+            "fingerprint": tokens.data.fingerprint,
+            "rows": tokens.rows,
+        }
+        return table, data, len(skipped)
+    finally:
+        tokens.close()
+
+
+class _Original:
+    """The bundle's PyTorch weights; one model is in memory at a time."""
+
+    def __init__(self, bundle: Bundle, max_length: int, options: VerifyOptions) -> None:
+        self._bundle, self._max_length, self._options = bundle, max_length, options
+        self._loaded: tuple[str, str, TorchEngine] | None = None
+        self.name = ""
+
+    def half_precisions(self, engine_precision: str) -> list[str]:
+        """The checkpoint's own precision below float32, or what stands for it; none where nothing lower is meant."""
+        stored = {dtype for entry in self._bundle.manifest.models.values() for dtype in entry.stored_dtypes}
+        for dtype, half in HALVES.items():
+            if dtype in stored:
+                return [half]
+        return [] if engine_precision == "fp32" else ["bf16"]
+
+    def score(
+        self,
+        role: str,
+        precision: str,
+        token_budget: int,
+        table: TokenTable,
+        watch: Callable[[float, int], None],
+    ) -> tuple[ScoredTokens, ScoredTokens]:
+        """Score a table plainly, one sequence a row."""
+        layout: Layout = "plain"
+        return score_tokens(
+            table,
+            self._open(role, precision),
+            layout=layout,
+            token_budget=token_budget,
+            row_limit=longest_row(layout, self._max_length),
+            watch=watch,
+        )
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        if self._loaded is not None:
+            self._loaded[2].close()
+        self._loaded = None
+
+    def _open(self, role: str, precision: str) -> TorchEngine:
+        if self._loaded is None or self._loaded[:2] != (role, precision):
+            self.release()
+            folder = self._bundle.model_folder(role)
+            entry = self._bundle.manifest.models[role]
+            is_adapter = (folder / ADAPTER_CONFIG).is_file()
+            engine = TorchEngine(
+                folder,
+                precision=precision,
+                base=self._bundle.folder / entry.weights[0] if is_adapter else None,
+                trust_remote_code=self._options.trust_remote_code,
+            )
+            self._loaded = role, precision, engine
+            self.name = engine.name
+        return self._loaded[2]
+
+
+def _claimed_precision(bundle: Bundle, options: VerifyOptions) -> str:
+    """What is to be expected of the engine, where the user does not say."""
+    if options.endpoint is not None:
+        stored = bundle.manifest.models[POLICY].stored_dtypes
+        return next((half for dtype, half in HALVES.items() if dtype in stored), "bf16")
+    return str(bundle.manifest.recipe["precision"]) if options.engine == "recipe" else "fp32"
+
+
+def _endpoint(options: VerifyOptions) -> EndpointEngine:
+    """The server."""
+    assert options.endpoint is not None
+    assert options.model is not None
+    return EndpointEngine(
+        options.endpoint,
+        options.model,
+        dialect=options.endpoint_dialect,
+        api_key_variable=options.api_key_variable,
+    )
+
+
+def _opener(options: VerifyOptions) -> Callable[[Bundle, str], Engine]:
+    """Opens a role's engine, or the exact graph."""
+
+    def exact(bundle: Bundle, role: str) -> Engine:
+        gates = bundle.manifest.models[role].adapter_gates
+        return load_engine("onnxruntime", "fp32", bundle.graph(role), gates, threads=options.threads)
+
+    def of_the_recipe(bundle: Bundle, role: str) -> Engine:
+        return open_engine(bundle, role, threads=options.threads)
+
+    return exact if options.engine == "exact" else of_the_recipe
+
+
+def _scoring(table: TokenTable, by_role: dict[str, tuple[ScoredTokens, ScoredTokens]]) -> Scoring:
+    policy, reference = by_role[POLICY], by_role.get(REFERENCE, (None, None))
+    return Scoring(table.rows, *policy, *reference)
+
+
+def _pairs(table: TokenTable, options: VerifyOptions) -> VerifiedPairs:
+    groups = None if options.group_by is None else [str(group) for group in table.groups]
+    prompts, chosen, rejected = (np.ascontiguousarray(column) for column in table.lengths.T)
+    return VerifiedPairs(table.rows, prompts, chosen, rejected, groups)
