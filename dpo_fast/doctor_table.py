@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.publish.card import one_line
+from dpo_fast.text import one_line
 
 LONGEST_CELL = 200  # characters of what a driver or an error says
 

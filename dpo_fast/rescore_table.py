@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.publish.card import one_line
 from dpo_fast.table import ROWS, groups_table
+from dpo_fast.text import one_line
 from dpo_fast.types import LossSettings
 
 LARGE = 1e6  # from here on numbers are written with an exponent

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.publish.card import one_line
+from dpo_fast.text import one_line
 
 # What is shown, in this order, and how it is called beside TRL's key.
 ROWS = (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import CheckpointError, StorageError
 from dpo_fast.files import write_text
+from dpo_fast.text import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -27,7 +28,6 @@ METRIC_CONFIG = "dpo_fast"
 TITLE = "# DPO policy"
 UNKNOWN = "–"
 SHOWN_GROUPS = 50
-SHOWN_CHARACTERS = 120
 
 METRIC_LABELS = {
     "eval_loss": "Loss",
@@ -361,15 +361,6 @@ def _text(value: Any) -> str | None:
     if value is None or isinstance(value, bool | list | tuple | Mapping):
         return None
     return one_line(value) or None
-
-
-def one_line(value: object, limit: int = SHOWN_CHARACTERS) -> str:
-    """Foreign text as one line, shortened to `limit` characters, fit for YAML, HTML and terminals.
-
-    Control characters, line breaks, marks that turn the writing direction and lone surrogates become spaces.
-    """
-    text = " ".join("".join(character if character.isprintable() else " " for character in str(value)).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _escape(value: Any) -> str:

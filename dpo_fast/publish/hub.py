@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dpo_fast.errors import CheckpointError, HubError, InputError, UsageError
-from dpo_fast.publish.card import one_line
+from dpo_fast.text import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.publish.card import one_line
+from dpo_fast.text import one_line
 from dpo_fast.verification.bisect import describe_layer
 from dpo_fast.verification.summary import checks_of, sizes_of, slices_of
 

@@ -1,0 +1,245 @@
+"""Commands that score preference sets: evaluate, merge, rescore."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpo_fast.commands.options import (
+    AggregateChoice,
+    AsJson,
+    BatchSize,
+    BootstrapSeed,
+    BundleArgument,
+    Overwrite,
+    TrustRemoteCode,
+)
+from dpo_fast.commands.output import console, print_json, say
+from dpo_fast.errors import UsageError
+from dpo_fast.types import LOSS_TYPES, FDivergence, LossSettings, OnError, ReferenceFree
+
+
+def evaluate_command(
+    bundle: BundleArgument,
+    dataset: Annotated[
+        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The run to write.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
+    loss_type: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
+    ] = None,
+    loss_weight: Annotated[
+        list[float] | None, typer.Option(help="One for each --loss-type, in the same order.")
+    ] = None,
+    label_smoothing: Annotated[float, typer.Option(help="For robust, exo_pair, aot and aot_unpaired.")] = 0.0,
+    ld_alpha: Annotated[
+        float | None, typer.Option(help="Weight of tokens beyond the shorter completion's length (LD-DPO).")
+    ] = None,
+    f_divergence_type: Annotated[
+        FDivergence, typer.Option(help="Regulariser between policy and reference (f-DPO).")
+    ] = "reverse_kl",
+    f_alpha_divergence_coef: Annotated[float, typer.Option(help="Alpha of alpha_divergence.")] = 0.5,
+    use_weighting: Annotated[
+        bool, typer.Option("--use-weighting", help="Weight pairs by the policy's probabilities (WPO).")
+    ] = False,
+    discopop_tau: Annotated[float, typer.Option(help="Temperature of discopop.")] = 0.05,
+    reference_free: Annotated[ReferenceFree | None, typer.Option(help="Score by the policy's log-probs alone.")] = None,
+    group_by: Annotated[str | None, typer.Option(help="Column whose values get metrics of their own.")] = None,
+    aggregate: AggregateChoice = "exact",
+    batch_size: BatchSize = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
+    ] = None,
+    token_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of an engine's batch, or auto: measured at the start; the recipe's by default. Changes no "
+            "number.",
+            metavar="INTEGER|auto",
+        ),
+    ] = None,
+    part_size: Annotated[
+        int, typer.Option(help="Rows that are scored, and kept, at a time. Changes no number.")
+    ] = 1024,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Only the i-th of n shares of the set, such as 2/8; see `dpo-fast merge`.", metavar="i/n"),
+    ] = None,
+    reference_scores: Annotated[
+        Path | None, typer.Option(help="Take the reference's scores from this run; the cache is looked at anyway.")
+    ] = None,
+    engines: Annotated[
+        Literal["auto", "together", "in-turn"],
+        typer.Option(help="Whether policy and reference are in memory together; auto goes by what is free."),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.")] = 0,
+    on_error: Annotated[
+        OnError, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
+    ] = "stop",
+    seed: BootstrapSeed = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a preference set and print TRL's metrics; the run keeps every token's log-prob."""
+    from dpo_fast.evaluate import METRICS, EvaluateOptions, evaluate
+
+    loss = LossSettings(
+        beta=beta,
+        loss_type=tuple(loss_type or ("sigmoid",)),
+        loss_weights=tuple(loss_weight) if loss_weight else None,
+        label_smoothing=label_smoothing,
+        ld_alpha=ld_alpha,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        use_weighting=use_weighting,
+        discopop_tau=discopop_tau,
+        reference_free=reference_free,
+    )
+    options = EvaluateOptions(
+        split=split,
+        limit=limit,
+        group_by=group_by,
+        on_error=on_error,
+        max_length=max_length,
+        loss=loss,
+        aggregate=aggregate,
+        batch_size=batch_size,
+        token_budget=_token_budget(token_budget),
+        part_size=part_size,
+        shard=_shard(shard),
+        threads=threads,
+        engines=engines,
+        reference_scores=reference_scores,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    metrics = evaluate(bundle, dataset, output, options, say)
+    if as_json:
+        print_json(metrics)
+        return
+    from dpo_fast.table import print_metrics
+
+    print_metrics(metrics, console())
+    typer.echo(f"run: {output} ({METRICS}); model card: {bundle / 'policy' / 'README.md'}")
+
+
+def merge_command(
+    shards: Annotated[
+        list[Path], typer.Argument(help="The runs of all shards, in any order.", metavar="RUN...", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The run to write.", show_default=False)],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the runs of all shards of a set together; the parts and the numbers are those of one run over all of it."""
+    from dpo_fast.merge import merge
+    from dpo_fast.run_folder import METRICS
+
+    metrics = merge(shards, output, overwrite=overwrite)
+    if as_json:
+        print_json(metrics)
+        return
+    from dpo_fast.table import print_metrics
+
+    print_metrics(metrics, console())
+    typer.echo(f"run: {output} ({METRICS})")
+
+
+def rescore_command(
+    run: Annotated[Path, typer.Argument(help="Folder that `dpo-fast evaluate` wrote.", show_default=False)],
+    beta: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Strengths of the reference, with commas between them.  [default: the run's]", metavar="0.05,0.1,…"
+        ),
+    ] = None,
+    loss_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"all, or some of {', '.join(LOSS_TYPES)}, each by itself.  [default: the run's]", metavar="all|NAME,…"
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="For robust, exo_pair, aot and aot_unpaired.  [default: the run's]")
+    ] = None,
+    ld_alpha: Annotated[
+        float | None,
+        typer.Option(help="Weight of tokens beyond the shorter completion's length (LD-DPO).  [default: the run's]"),
+    ] = None,
+    f_divergence_type: Annotated[
+        FDivergence | None,
+        typer.Option(help="Regulariser between policy and reference (f-DPO).  [default: the run's]"),
+    ] = None,
+    f_alpha_divergence_coef: Annotated[
+        float | None, typer.Option(help="Alpha of alpha_divergence.  [default: the run's]")
+    ] = None,
+    use_weighting: Annotated[
+        bool | None,
+        typer.Option(
+            "--use-weighting/--no-use-weighting",
+            help="Weight pairs by the policy's probabilities (WPO).  [default: the run's]",
+        ),
+    ] = None,
+    discopop_tau: Annotated[float | None, typer.Option(help="Temperature of discopop.  [default: the run's]")] = None,
+    reference_free: Annotated[
+        ReferenceFree | None,
+        typer.Option(help="Score by the policy's log-probs alone, as a run without a reference must be."),
+    ] = None,
+    seed: BootstrapSeed = 0,
+    aggregate: AggregateChoice = "exact",
+    batch_size: BatchSize = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a finished run's metrics for other betas and losses, from its scores alone."""
+    from dpo_fast.rescore import open_run, rescore
+    from dpo_fast.rescore_settings import make_settings
+
+    settings, notes = make_settings(
+        open_run(run)[1],
+        beta or (),
+        loss_type or (),
+        label_smoothing=label_smoothing,
+        ld_alpha=ld_alpha,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        use_weighting=use_weighting,
+        discopop_tau=discopop_tau,
+        reference_free=reference_free,
+    )
+    result = {**rescore(run, settings, aggregate=aggregate, batch_size=batch_size, seed=seed), "notes": notes}
+    if as_json:
+        print_json(result)
+        return
+    from dpo_fast.rescore_table import print_rescore
+
+    print_rescore(result, console())
+
+
+def _token_budget(value: str | None) -> int | Literal["auto"] | None:
+    """The number, "auto" or nothing."""
+    if value is None:
+        return None
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"--token-budget {value!r} is neither a number of tokens nor auto") from error
+
+
+def _shard(value: str | None) -> tuple[int, int] | None:
+    """i/n as two numbers."""
+    if value is None:
+        return None
+    try:
+        shard, shards = map(int, value.split("/"))
+    except ValueError as error:
+        raise UsageError(f"--shard {value!r} is not written i/n, such as 2/8") from error
+    return shard, shards

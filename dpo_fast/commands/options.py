@@ -1,0 +1,62 @@
+"""Options and arguments that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpo_fast.types import Aggregate
+
+LayoutChoice = Literal["auto", "shared", "plain"]
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder that `dpo-fast export` wrote.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that a checkpoint brings along.")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Data set for the scales of activations; recipes in fp8 need it.", show_default=False),
+]
+NoSelfCheck = Annotated[bool, typer.Option("--no-self-check", help="Do not compare the graphs with PyTorch.")]
+Link = Annotated[bool, typer.Option("--link", help="Hard-link the weights into the bundle instead of copying them.")]
+
+
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="GPUs that TensorRT-RTX plans are built for, on any machine, such as sm86,sm89.  [default: all]",
+        metavar="smNN,…",
+        show_default=False,
+    ),
+]
+ProfileFrom = Annotated[
+    str | None,
+    typer.Option(help="Data set whose lengths TensorRT's profiles are chosen from.", show_default=False),
+]
+ProfileSplit = Annotated[str | None, typer.Option(help="Split of --profile-from.", show_default=False)]
+Profiles = Annotated[int, typer.Option(help="Optimisation profiles, beside one for the longest rows.")]
+Workspace = Annotated[
+    float | None, typer.Option(help="GiB that TensorRT's kernels may use as they run.", show_default=False)
+]
+Refittable = Annotated[
+    bool | None,
+    typer.Option(
+        "--refittable/--no-refittable",
+        help="Whether new weights can be put into the plans.  [default: where that can be built]",
+        show_default=False,
+    ),
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="TensorRT plans that later versions can run.")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="TensorRT plans that other GPUs can run, from Ampere on.")
+]
+
+AggregateChoice = Annotated[
+    Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")
+]
+BatchSize = Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")]
+BootstrapSeed = Annotated[int, typer.Option(help="Of the bootstrapped intervals.")]

@@ -1,0 +1,151 @@
+"""Commands that hold a bundle against what it came from: verify, check-signature."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dpo_fast.commands.options import AsJson, BootstrapSeed, BundleArgument, Overwrite, TrustRemoteCode
+from dpo_fast.commands.output import console, print_json, say
+from dpo_fast.errors import UsageError, VerificationError
+from dpo_fast.types import OnError, ReferenceFree
+
+
+def verify_command(
+    bundle: BundleArgument,
+    dataset: Annotated[
+        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    engine: Annotated[
+        Literal["recipe", "exact"], typer.Option(help="The recipe's engine, or the exact graph on ONNX Runtime.")
+    ] = "recipe",
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server that is verified instead.", show_default=False),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The policy's name there.", show_default=False)] = None,
+    endpoint_dialect: Annotated[
+        Literal["auto", "openai", "vllm"], typer.Option(help="How the server is asked for log-probs.")
+    ] = "auto",
+    api_key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the server's key.")
+    ] = "OPENAI_API_KEY",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="What the engine claims to compute in.  [default: the recipe's]", show_default=False),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    group_by: Annotated[str | None, typer.Option(help="Column whose values get numbers of their own.")] = None,
+    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
+    reference_free: Annotated[ReferenceFree | None, typer.Option(help="Score by the policy's log-probs alone.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
+    ] = None,
+    floor: Annotated[
+        Literal["float32", "checkpoint"] | None,
+        typer.Option(help="What is meant by noise.  [default: by the precision]", show_default=False),
+    ] = None,
+    max_multiple: Annotated[
+        float | None, typer.Option(help="Noise floors that an error may be.  [default: by the precision]")
+    ] = None,
+    max_accuracy_change: Annotated[
+        float | None, typer.Option(help="Share of pairs.  [default: 0.01]", show_default=False)
+    ] = None,
+    near_tie: Annotated[
+        float | None, typer.Option(help="Noise floors up to which a margin is a near-tie.  [default: 4]")
+    ] = None,
+    max_growth: Annotated[
+        float | None, typer.Option(help="Factor by which errors may grow along the sequence.  [default: 4]")
+    ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Look for the layers that drift comes from; try them in exact precision.")
+    ] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="Sign a bundle that passes with this private key (EC, PEM).", show_default=False),
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="The signature's file.  [default: BUNDLE/model.sig]", show_default=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.")] = 0,
+    on_error: Annotated[
+        OnError, typer.Option(help="What a row that cannot be used does: stop, or be skipped.")
+    ] = "stop",
+    seed: BootstrapSeed = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the engine's decisions with the original PyTorch weights' own, in multiples of their own noise."""
+    from dpo_fast.bundle import SIGNATURE
+    from dpo_fast.verification.attestation import write_attestation
+    from dpo_fast.verification.signing import sign as sign_bundle
+    from dpo_fast.verify import RESULT, VerifyOptions, verify
+
+    own = engine == "recipe" and endpoint is None and precision is None
+    if sign is not None and not own:
+        raise UsageError(
+            f"--sign {sign}: what is signed for is the bundle's own engine by the recipe's own limits; leave --engine, "
+            "--endpoint and --precision out"
+        )
+    if signature is not None and sign is None:
+        raise UsageError(f"--signature {signature} goes with --sign")
+    options = VerifyOptions(
+        engine=engine,
+        endpoint=endpoint,
+        model=model,
+        endpoint_dialect=endpoint_dialect,
+        api_key_variable=api_key_variable,
+        precision=precision,
+        split=split,
+        limit=limit,
+        group_by=group_by,
+        on_error=on_error,
+        max_length=max_length,
+        beta=beta,
+        reference_free=reference_free,
+        floor=floor,
+        max_multiple=max_multiple,
+        max_accuracy_change=max_accuracy_change,
+        near_tie=near_tie,
+        max_growth=max_growth,
+        bisect=bisect,
+        threads=threads,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    result = verify(bundle, dataset, output, options, say)
+    if own:
+        write_attestation(bundle, result)
+        if sign is not None and result["verdict"] == "pass":  # a signature reads as approval
+            sign_bundle(bundle, sign, signature or bundle / SIGNATURE)
+            say(f"signed: {signature or bundle / SIGNATURE}")
+    if as_json:
+        print_json(result)
+    else:
+        from dpo_fast.verification.table import print_verification
+
+        print_verification(result, console())
+        typer.echo(f"verification: {output} ({RESULT}, verify.html)")
+    if result["verdict"] != "pass":
+        raise VerificationError(f"verification: {result['verdict']}; the reasons are in {output / RESULT}")
+
+
+def check_signature_command(
+    bundle: BundleArgument,
+    public_key: Annotated[Path, typer.Option(help="The signer's public key (PEM).", show_default=False)],
+    signature: Annotated[
+        Path | None, typer.Option(help="The signature's file.  [default: BUNDLE/model.sig]", show_default=False)
+    ] = None,
+) -> None:
+    """Check that a key's owner has signed exactly this bundle's files."""
+    from dpo_fast.bundle import SIGNATURE
+    from dpo_fast.verification.signing import check_signature
+
+    check_signature(bundle, public_key, signature or bundle / SIGNATURE)
+    typer.echo(f"signed by the owner of {public_key}: every file of {bundle}")
