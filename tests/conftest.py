@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from traces import Traces
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 
@@ -26,7 +30,30 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced(tmp_path_factory: pytest.TempPathFactory) -> "Traces":
+    """`dpo_fast.export.graph.trace`, once for each architecture; see `traces`."""
+    from traces import Traces
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all of this run's processes
+    return Traces(shared / "traces")
+
+
+@pytest.fixture(scope="session")
+def remembered_traces(traced: "Traces") -> Iterator[None]:
+    """Exports of this process take their traces from `traced`, from now on."""
+    from dpo_fast.export import exporter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "trace", traced)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, remembered_traces: None
+) -> Path:
     """The bundle exported from `tiny_pair`. Read only: copy it before changing anything."""
     from tiny_models import write_recipe
 

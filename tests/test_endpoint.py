@@ -10,7 +10,7 @@ import torch
 from endpoint_server import Answer, Cut, FaultyServer, vllm_server
 from tiny_models import make_config, make_model, save_model
 
-from dpo_fast.engines import endpoint
+from dpo_fast.engines import completions_server
 from dpo_fast.engines.endpoint import EndpointEngine
 from dpo_fast.errors import EngineOutputError, UsageError
 
@@ -22,7 +22,7 @@ KEY = "sk-very-secret-0123456789"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No pauses worth the name, no key of the machine's, and no proxy between a test and its server."""
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)  # seconds
+    monkeypatch.setattr(completions_server, "FIRST_PAUSE", 0.01)  # seconds
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 

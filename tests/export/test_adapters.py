@@ -25,7 +25,6 @@ from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.engines.onnxruntime import ADAPTER_GATES, OnnxRuntimeEngine
 from dpo_fast.errors import CheckpointError, DpoFastError, MissingDependencyError, SelfCheckError, UsageError
 from dpo_fast.export import adapters as adapters_module
-from dpo_fast.export import exporter
 from dpo_fast.export.adapter_roles import open_roles
 from dpo_fast.export.adapters import AdaptedModules, LowRank, bind_adapter, match_modules, read_adapter
 from dpo_fast.export.checkpoint import open_checkpoint
@@ -505,9 +504,8 @@ def test_adapters_of_different_bases(copies: tuple[Path, Path], tmp_path: Path) 
 
 
 @pytest.fixture
-def bundles(monkeypatch: pytest.MonkeyPatch, traced: Trace, tmp_path: Path) -> Callable[..., Bundle]:
-    """Export, with the traces that the tests share."""
-    monkeypatch.setattr(exporter, "trace", traced)
+def bundles(tmp_path: Path) -> Callable[..., Bundle]:
+    """Export with the tests' recipe."""
 
     def make(policy: Path, reference: Path | str | None, **changes: Any) -> Bundle:
         (tmp_path / "out").mkdir(exist_ok=True)

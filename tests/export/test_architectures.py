@@ -40,7 +40,7 @@ from .by_hand import Row, lay_out, plain, tokens
 TOLERANCE = 1e-5
 FAULT = 1e-2
 SCALE = 0.15  # of the weights: log-probs are spread over 2 to 5 nats
-TILE = 256
+TILE = 128  # does not divide the vocabulary of 500
 
 slow = pytest.mark.slow
 
@@ -179,6 +179,11 @@ def test_a_prompt_that_cannot_be_shared_is_far_off(exported: Exported) -> None:
     assert np.ptp(expected) > 1.5  # nats
 
 
+SELF_CHECKED = {name for name, of in FAMILIES.items() if of.layout == "plain"} | {"llama", "gemma2", "mixtral", "gpt2"}
+
+
+@slow
+@pytest.mark.parametrize("exported", sorted(SELF_CHECKED), indirect=True)
 def test_the_self_check_chooses_the_layout(exported: Exported) -> None:
     result = self_check(exported.graph, exported.folder, layout=None)
     assert result.layout == exported.family.layout

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from tiny_models import copy_checkpoint, write_recipe
 
 from dpo_fast.errors import DpoFastError
-from dpo_fast.export import exporter
 from dpo_fast.export.exporter import ExportOptions, export
 
 from .test_weights import WEIGHTS
 
 Trace = Callable[..., ir.Model]
 # Each example exports; the fixtures are read only.
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 ANYTHING = st.recursive(
@@ -37,11 +36,6 @@ KEYS = [
     "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias", "layer_types", "architectures", "dtype",
     "auto_map", "quantization_config", "sliding_window", "pad_token_id", "is_decoder", "pretraining_tp",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def remembered_traces(monkeypatch: pytest.MonkeyPatch, traced: Trace) -> None:
-    monkeypatch.setattr(exporter, "trace", traced)
 
 
 @pytest.fixture(scope="module")

@@ -191,11 +191,8 @@ def test_nothing_is_printed(llama: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-def test_a_whole_export(
-    tiny_pair: tuple[Path, Path], tmp_path: Path, traced: Trace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_export(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Both roles, each by its own model; what the manifest says apart, the same bundle by either calibrator."""
-    monkeypatch.setattr(exporter, "trace", traced)
     policy, reference = map(str, tiny_pair)
     dataset = write_rows(tmp_path / "pairs.jsonl", ROWS)
     shipped = (recipe_folder() / "tensorrt-fp8.toml").read_text(encoding="utf-8")

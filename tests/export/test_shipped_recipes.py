@@ -15,7 +15,7 @@ from dpo_fast.export.refit import RefitOptions, refit
 from dpo_fast.recipes import load_recipe, recipe_folder
 
 Trace = Callable[..., ir.Model]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("remembered_traces")]
+pytestmark = pytest.mark.slow
 RECIPES = sorted(path.stem for path in recipe_folder().glob("*.toml"))
 # Nats that a sequence's log-prob may be off, of some 10 tokens of models whose weights are random: bfloat16 has 8 bits,
 # int8 7, int4 3. The exact recipe is the exact graph.

@@ -17,7 +17,6 @@ from dpo_fast.bundle import POLICY, REFERENCE, open_bundle
 from dpo_fast.cli import run
 from dpo_fast.errors import BuildError, BundleError, MissingDependencyError, UsageError
 from dpo_fast.evaluate import EvaluateOptions, evaluate
-from dpo_fast.export import exporter
 from dpo_fast.export.exporter import ExportOptions, export
 from dpo_fast.export.refit import RefitOptions, refit
 from dpo_fast.recipes import load_recipe
@@ -30,19 +29,17 @@ from dpo_fast.tensorrt.plans import read_plans
 from dpo_fast.types import LossSettings
 
 Trace = Callable[..., ir.Model]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("remembered_traces")]
+pytestmark = pytest.mark.slow
 RTX = "tensorrt-rtx-fp16"
 ONE = BuildOptions(targets=("sm89",), profiles=1)
 
 
 @pytest.fixture(scope="module")
-def made(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, traced: Trace) -> Path:
+def made(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with plans. Read only: copy it before changing anything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace", traced)
-        policy, reference = map(str, tiny_pair)
-        options = ExportOptions(recipe=RTX, build=ONE, max_length=64)
-        return export(policy, reference, tmp_path_factory.mktemp("rtx") / "bundle", options)
+    policy, reference = map(str, tiny_pair)
+    options = ExportOptions(recipe=RTX, build=ONE, max_length=64)
+    return export(policy, reference, tmp_path_factory.mktemp("rtx") / "bundle", options)
 
 
 @pytest.fixture

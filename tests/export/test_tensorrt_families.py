@@ -4,7 +4,8 @@ What was measured is left in build/tensorrt/, a file a family: tests may run in 
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_fast.bundle import POLICY, open_bundle
 from dpo_fast.cli import run
-from dpo_fast.export import exporter
 from dpo_fast.export.head import OUTPUTS
 from dpo_fast.export.precision import make_engine_graph
 from dpo_fast.export.probes import make_probes
-from dpo_fast.recipes import load_recipe
+from dpo_fast.recipes import load_recipe, recipe_folder
 from dpo_fast.tensorrt.checker import find_violations
 from dpo_fast.tensorrt.graphs import make_graphs
 from dpo_fast.tensorrt.plans import read_plans
@@ -31,7 +31,7 @@ from .architecture_table import PLAN_RECORDS
 from .bfloat16 import bfloat16_session
 from .binding import session
 from .by_hand import Arrays, lay_out, plain
-from .test_architectures import BATCHES, FAMILIES, QUICK, ROWS, SCALE, slow
+from .test_architectures import BATCHES, FAMILIES, QUICK, ROWS, SCALE, TILE, slow
 
 Trace = Callable[..., ir.Model]
 
@@ -62,15 +62,8 @@ class Exported:
         (PLAN_RECORDS / f"{self.name}.{what}.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def patched(traced: Trace) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace", traced)
-        yield
-
-
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=() if n == QUICK else slow) for n in FAMILIES])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, patched: None) -> Exported:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("plans")
     policy = save_model(make_model(make_config(family.model_type, **dict(family.keys)), scale=SCALE), folder / "policy")
@@ -78,12 +71,23 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for half in ("fp16", "bf16"):
         bundles[half] = folder / half
         arguments = ["export", "--policy", str(policy), "--reference", "none", "--output", str(bundles[half])]
-        arguments += ["--recipe", f"tensorrt-rtx-{half}", "--target", "sm86,sm89", "--profiles", "1"]
+        recipe = in_tiles(f"tensorrt-rtx-{half}", folder)
+        arguments += ["--recipe", str(recipe), "--target", "sm86,sm89", "--profiles", "1"]
         arguments += ["--max-length", "128", "--layout", family.layout]
         # The graph is the one that test_architectures.py compares with PyTorch, but for dense experts.
         arguments += [] if half == "fp16" and has_experts(policy) else ["--no-self-check"]
         assert run(arguments) == 0
     return Exported(request.param, policy, bundles)
+
+
+def in_tiles(recipe: str, folder: Path) -> Path:
+    """A shipped recipe with the tiles that test_architectures.py takes: several, so that each graph is traced once."""
+    shipped = (recipe_folder() / f"{recipe}.toml").read_text(encoding="utf-8")
+    tiled, changed = re.subn(r"(?m)^vocabulary_tile = \d+", f"vocabulary_tile = {TILE}", shipped)
+    assert changed == 1
+    path = folder / f"{recipe}.toml"
+    path.write_text(tiled, encoding="utf-8")
+    return path
 
 
 def has_experts(policy: Path) -> bool:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import copy_checkpoint, make_config, make_model, perturb, save_model
+from tiny_models import copy_checkpoint, make_config, make_model, perturb, save_model, write_recipe
 from transformers import AutoConfig
 
 from dpo_fast.batches import Batch
@@ -19,7 +19,6 @@ from dpo_fast.bundle import POLICY, REFERENCE, Bundle
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.errors import BundleError
-from dpo_fast.export import exporter
 from dpo_fast.export.exporter import ExportOptions, export
 from dpo_fast.types import TokenScores
 from dpo_fast.verify import VerifyOptions, verify
@@ -29,12 +28,7 @@ from .binding import bind_folder
 Trace = Callable[..., ir.Model]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 WORDS = ["what", "is", "it", "the sea", "blue", "rain", "in", "Spain", "stays", "plain", "def add", "hello", "never"]
-TILE = 4096
-
-
-@pytest.fixture(autouse=True)
-def remembered_traces(monkeypatch: pytest.MonkeyPatch, traced: Trace) -> None:
-    monkeypatch.setattr(exporter, "trace", traced)
+TILE = 128
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> str:
@@ -53,7 +47,8 @@ def make_bundle(folder: Path, model_type: str = "llama", seed: int = 0, **keys: 
     model = make_model(make_config(model_type, **keys), seed=seed)
     policy = save_model(model, folder / "policy")
     reference = save_model(perturb(model), folder / "reference")
-    return export(str(policy), str(reference), folder / "bundle", ExportOptions(self_check=False, max_length=128))
+    options = ExportOptions(recipe=str(write_recipe(folder)), self_check=False, max_length=128)
+    return export(str(policy), str(reference), folder / "bundle", options)
 
 
 def served(folder: Path, traced: Trace, config: Any = None) -> Callable[[Bundle, str], Engine]:
@@ -165,7 +160,7 @@ def test_an_adapter_left_out_is_caught(tmp_path: Path) -> None:
         make_model(make_config()), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.save_pretrained(tmp_path / "adapter")
-    options = ExportOptions(self_check=False, max_length=128, base=str(base))
+    options = ExportOptions(recipe=str(write_recipe(tmp_path)), self_check=False, max_length=128, base=str(base))
     bundle = export(str(tmp_path / "adapter"), "base", tmp_path / "bundle", options)
     dataset = write_pairs(tmp_path / "pairs.jsonl", 40)
 
