@@ -60,3 +60,20 @@ AggregateChoice = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")]
 BootstrapSeed = Annotated[int, typer.Option(help="Of the bootstrapped intervals.")]
+
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Trackers: mlflow, wandb, trackio, tensorboard, comet_ml, with commas between them; or all that are "
+        "installed, or none.  [default: none]",
+        metavar="NAME,…",
+        show_default=False,
+    ),
+]
+Step = Annotated[
+    int | None,
+    typer.Option(
+        help="The trainer's step, for the trackers.  [default: N where the policy came from checkpoint-N, else 0]",
+        show_default=False,
+    ),
+]
