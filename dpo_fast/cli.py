@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dpo_fast import __version__
-from dpo_fast.commands import evaluate, export, machine, publish, verify
+from dpo_fast.commands import compare, evaluate, export, generate, machine, publish, report, verify, watch
 from dpo_fast.commands.output import say
 from dpo_fast.errors import DpoFastError
 
@@ -48,6 +48,11 @@ app.command("refit")(export.refit_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("merge")(evaluate.merge_command)
 app.command("rescore")(evaluate.rescore_command)
+app.command("report")(report.report_command)
+app.command("compare")(compare.compare_command)
+app.command("advise")(compare.advise_command)
+app.command("generate")(generate.generate_command)
+app.command("watch")(watch.watch_command)
 app.command("verify")(verify.verify_command)
 app.command("check-signature")(verify.check_signature_command)
 app.command("push")(publish.push_command)

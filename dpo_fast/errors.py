@@ -13,6 +13,7 @@
     │   ├── OutputExistsError         an output that would be overwritten
     │   ├── StorageError              the disk: full, read-only, no permission
     │   ├── HubError                  the Hugging Face Hub refused or could not be reached
+    │   ├── TrackerError              an experiment tracker did not take what it was told
     │   └── MissingDependencyError    an extra that is not installed
     ├── InterruptedRunError           exit code 128 + the signal's number: Ctrl-C or SIGTERM
     └── CheckFailedError              exit code 3: a check did not pass
@@ -90,6 +91,10 @@ class StorageError(InputError):
 
 class HubError(InputError):
     """The Hugging Face Hub refused, or could not be reached."""
+
+
+class TrackerError(InputError):
+    """An experiment tracker did not take what it was told; the results on disk are whole."""
 
 
 class MissingDependencyError(InputError):

@@ -7,7 +7,8 @@ HF_HUB_DISABLE_XET=1), `model_info`, `list_repo_tree` and `hf_hub_download`, so 
         HF_ENDPOINT=hub.url HF_TOKEN=hub.token HF_HUB_DISABLE_XET=1 …
 
 is a Hub to any client process. It checks the token, verifies the SHA-256 of every LFS upload, records each request,
-and fails on demand: `hub.faults["commit"] = 500` answers that step with a status, `CUT` breaks the connection off.
+and fails on demand: `hub.faults["commit"] = 500` answers that step with a status, `CUT` breaks the connection off, and
+`hub.before["commit"] = …` is called before that step is answered, once: what somebody else does in the meantime.
 The steps are the names of the routes below.
 """
 
@@ -17,20 +18,28 @@ import json
 import re
 import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 CUT = "cut"
+LFS_SUFFIXES = (".safetensors", ".onnx", ".plan", ".png")
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 ROUTES = [
     ("create", "POST", r"/api/repos/create"),
     ("validate", "POST", r"/api/validate-yaml"),
     ("branch", "POST", rf"/api/models/{REPO}/branch/(?P<revision>[^/]+)"),
+    ("pull_request", "POST", rf"/api/models/{REPO}/discussions"),
+    ("discussion", "GET", rf"/api/models/{REPO}/discussions/(?P<number>\d+)"),
     ("preupload", "POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)"),
     ("commit", "POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)"),
     ("lfs_batch", "POST", rf"/{REPO}\.git/info/lfs/objects/batch"),
@@ -95,6 +104,7 @@ class Request:
     path: str
     authorization: str | None
     body: bytes
+    query: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def json(self) -> Any:
@@ -109,6 +119,8 @@ class LoopbackHub:
         read_token: a token that may only read.
         url: what HF_ENDPOINT must be.
         faults: by step, the HTTP status to answer with, or CUT.
+        fault_after: by step, how many requests are answered well before its fault begins.
+        before: by step, what is called once, before the step is answered.
         requests: everything that was asked, in order.
         repositories: by `user/name`.
     """
@@ -118,6 +130,8 @@ class LoopbackHub:
 
     def __init__(self) -> None:
         self.faults: dict[str, int | str] = {}
+        self.fault_after: dict[str, int] = {}
+        self.before: dict[str, Callable[[], None]] = {}
         self.requests: list[Request] = []
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
@@ -154,6 +168,23 @@ class LoopbackHub:
         }
 
 
+@contextmanager
+def hub_of_this_process(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[LoopbackHub]:
+    """A Hub that huggingface_hub in this process talks to; it has read its environment already, hence the constants."""
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        # Its five retries wait 23 seconds in all.
+        monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+        yield hub
+
+
 class _Refusal(Exception):
     """An error answer; the headers are those from which huggingface_hub tells what is missing."""
 
@@ -184,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, methods, pattern in ROUTES:
             if match is None and self.command in methods.split("|") and (match := re.fullmatch(pattern, path)):
                 step = name
-        fault = self.hub.faults.get(step)
+        fault = self._fault(step)
         length = int(self.headers.get("Content-Length", 0))
         if fault == CUT:
             # After half of what is sent, so that an upload breaks off in its middle.
@@ -194,9 +225,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(length)
-        request = Request(step, self.command, path, self.headers.get("Authorization"), body)
+        query = parse_qs(urlsplit(self.path).query)
+        request = Request(step, self.command, path, self.headers.get("Authorization"), body, query)
         with self.hub.lock:
             self.hub.requests.append(request)
+            self.hub.before.pop(step, lambda: None)()
             try:
                 if isinstance(fault, int):
                     # What a careless server might do: say the token back.
@@ -209,6 +242,13 @@ class _Handler(BaseHTTPRequestHandler):
             except _Refusal as refusal:
                 self._answer(refusal.status, {"error": str(refusal)}, refusal.headers)
 
+    def _fault(self, step: str) -> int | str | None:
+        """The fault of a step, once as many requests as it waits for were answered."""
+        with self.hub.lock:
+            waiting = self.hub.fault_after.get(step, 0)
+            self.hub.fault_after[step] = max(0, waiting - 1)
+        return None if waiting else self.hub.faults.get(step)
+
     def _check_token(self, step: str) -> None:
         if step in ("lfs_upload", "lfs_verify"):
             return  # the real ones are signed addresses, to which no token is sent
@@ -216,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = (f"Bearer {self.hub.token}", f"Bearer {self.hub.read_token}")
         if authorization is not None and authorization not in known:
             raise _Refusal(401, "Invalid credentials in Authorization header")
-        if step in ("tree", "info", "resolve", "validate"):
+        if step in ("tree", "info", "resolve", "validate", "discussion"):
             return
         if authorization is None:
             raise _Refusal(401, "Invalid username or password.")
@@ -281,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
                 "shouldIgnore": False,
                 "oid": files[file["path"]].etag if file["path"] in files else None,
             }
@@ -314,15 +354,35 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "the object has not arrived")
         self._answer(200, {})
 
+    def _pull_request(self, request: Request, repo: str) -> None:
+        repository = self._repository(repo)
+        number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
+        repository.branches[f"refs/pr/{number}"] = repository.branches["main"]
+        self._answer(200, {"num": number, "url": f"{self.hub.url}/{repo}/discussions/{number}"})
+
+    def _discussion(self, request: Request, repo: str, number: str) -> None:
+        self._commit_id(self._repository(repo), f"refs/pr/{number}")
+        opened = {"title": "", "num": int(number), "createdAt": "2026-01-01T00:00:00.000Z", "status": "draft"}
+        changes = {"isPullRequest": True, "changes": {"base": "refs/heads/main"}, "filesWithConflicts": []}
+        self._answer(200, {**opened, **changes, "repo": {"name": repo, "type": "model"}, "events": []})
+
     def _commit(self, request: Request, repo: str, revision: str) -> None:
         repository = self._repository(repo)
-        files = dict(repository.commits[self._commit_id(repository, revision)])
+        head = self._commit_id(repository, revision)
+        files = dict(repository.commits[head])
+        answer = {}
+        if "create_pr" in request.query:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
+            revision = f"refs/pr/{number}"
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{number}"
         message = ""
         for line in request.body.splitlines():
             operation = json.loads(line)
             key, value = operation["key"], operation["value"]
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit", head) != head:
+                    raise _Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
@@ -334,7 +394,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 raise _Refusal(400, f"unknown operation {key}")
         oid = repository.commit(revision, files, message)
-        self._answer(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid})
+        self._answer(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid, **answer})
 
     def _xet_token(self, request: Request, repo: str, revision: str) -> None:
         raise _Refusal(404, "this Hub has no Xet storage")

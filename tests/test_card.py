@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from dpo_fast.errors import CheckpointError, StorageError
-from dpo_fast.publish.card import END_MARKER, METRIC_LABELS, START_MARKER, render_card, write_card
+from dpo_fast.publish.card import (
+    END_MARKER,
+    END_OF_USE,
+    START_MARKER,
+    START_OF_USE,
+    render_card,
+    render_card_use,
+    write_card,
+)
+from dpo_fast.publish.graphs import PublishedGraph
+from dpo_fast.publish.values import METRIC_LABELS
 
 METRICS: dict[str, Any] = {
     "eval_loss": 0.6543210987,
@@ -213,6 +223,7 @@ def test_rendering_is_deterministic_and_idempotent() -> None:
         assert card == render(METRICS, source_card=card)
         assert card == render(METRICS, source_card=render(None, source_card=card))
         assert card.count(START_MARKER) == card.count(END_MARKER) == 1
+        assert card.count(START_OF_USE) == card.count(END_OF_USE) == 1
 
 
 def test_an_authors_card_keeps_its_fields_and_text() -> None:
@@ -246,13 +257,16 @@ def test_our_part_is_replaced_where_it_stands() -> None:
     card = render(METRICS, source_card=SOURCE) + "\nAfterword.\n"
 
     changed = render({**METRICS, "eval_loss": 0.111}, source_card=card)
-    assert changed.endswith(f"{END_MARKER}\n\nAfterword.\n")
+    assert changed.endswith(f"{END_OF_USE}\n\nAfterword.\n")
+    assert changed.index(END_MARKER) < changed.index(START_OF_USE)
     assert "0.111" in Page(changed).text
     assert "0.65432" not in changed
     assert [result.metric_value for result in results(changed) if result.metric_type == "eval_loss"] == [0.111]
 
 
-@pytest.mark.parametrize("stray", [START_MARKER, END_MARKER, END_MARKER + START_MARKER])
+@pytest.mark.parametrize(
+    "stray", [START_MARKER, END_MARKER, END_MARKER + START_MARKER, START_OF_USE, END_OF_USE, END_OF_USE + START_MARKER]
+)
 def test_a_stray_marker_never_swallows_the_authors_text(stray: str) -> None:
     source = f"Before.\n{stray}\nBetween.\n"
     card = render(METRICS, source_card=source)
@@ -461,3 +475,62 @@ def test_an_adapter_names_peft_and_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "README.md").unlink()
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
     assert ModelCard.load(write_card(tmp_path, METRICS)).data.base_model is None
+
+
+def test_an_adapter_is_loaded_by_peft_and_a_model_by_transformers() -> None:
+    for library_name, loader in (("peft", "AutoPeftModelForCausalLM"), ("transformers", "AutoModelForCausalLM")):
+        [code] = re.findall(r"```python\n(.*?)```", render(library_name=library_name), re.DOTALL)
+        compile(code, "card", "exec")
+        assert f"from {library_name} import {loader}" in code
+        assert f"model = {loader}.from_pretrained(model_id)" in code
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("base_model: /home/me/base", None),
+        ("base_model: ./base", None),
+        ("base_model: [someone/base, /home/me/base]", ["someone/base"]),
+        ("base_model: gpt2", "gpt2"),
+    ],
+)
+def test_paths_that_peft_and_trl_write_as_the_base_model_are_dropped(written: str, kept: Any) -> None:
+    """The Hub takes ids alone, and a path is nobody's business; PEFT writes it into a tag too."""
+    tags = "[lora, base_model:adapter:/home/me/base, base_model:adapter:someone/base]"
+    source = f"---\n{written}\ntags: {tags}\n---\n"
+
+    data = ModelCard(render(source_card=source)).data.to_dict()
+    assert data.get("base_model") == kept
+    assert data["tags"] == ["lora", "base_model:adapter:someone/base", "dpo", "dpo_fast"]
+    assert "/home" not in render(source_card=source)
+    replaced = ModelCard(render(source_card="---\nbase_model: /home/me/base\n---\n", base_model="someone/base"))
+    assert replaced.data.base_model == "someone/base"
+
+
+def test_plots_stand_below_the_numbers() -> None:
+    page = MarkdownIt().render(render(METRICS, plots={"Margins | of <b>pairs</b>": "plots/margins.png"}))
+    assert '<img src="plots/margins.png" alt="Margins | of &lt;b&gt;pairs&lt;/b&gt;"' in page
+    assert "plots/" not in render(METRICS, source_card=render(METRICS, plots={"Margins": "plots/margins.png"}))
+
+
+def test_a_push_changes_its_own_part_and_names_alone() -> None:
+    card = render(METRICS, source_card=SOURCE)
+    graphs = [
+        PublishedGraph("policy.onnx", "onnxruntime", "fp32", True, [1.0, 0.0]),
+        PublishedGraph("policy.cpu-int8.onnx", "onnxruntime", "int8", False, [1.0, 0.0]),
+    ]
+    pushed = render_card_use(card, repo_id="someone/other", graphs=graphs)
+
+    before, after = ModelCard(card), ModelCard(pushed)
+    assert after.data.tags == [*before.data.tags, "onnx"]
+    assert results(pushed) == results(card)
+    assert after.text.partition(START_OF_USE)[0] == before.text.partition(START_OF_USE)[0]
+    assert render_card_use(pushed, repo_id="someone/other", graphs=graphs) == pushed
+    _, run = re.findall(r"```python\n(.*?)```", pushed, re.DOTALL)
+    compile(run, "card", "exec")
+    assert 'snapshot_download("someone/other"' in run
+    assert "[[1.0, 0.0]]" in run
+    assert "`policy.cpu-int8.onnx` is made for onnxruntime, in int8." in pushed
+    # A bundle's card is named after its folder; a repository's, after itself. The author's own name stays.
+    assert "\n- name: other\n" in render_card_use(render(METRICS), repo_id="someone/other")
+    assert "\n- name: theirs\n" in pushed

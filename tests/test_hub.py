@@ -8,17 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from loopback_hub import CUT, LoopbackHub
+from loopback_hub import CUT, LoopbackHub, hub_of_this_process
 
 from dpo_fast.errors import HubError, InputError, UsageError
 from dpo_fast.publish.card import write_card
-from dpo_fast.publish.hub import push
+from dpo_fast.publish.hub import push as push_files
+from dpo_fast.publish.model_folder import model_files
 
 # huggingface_hub's own uploads call httpx2 in a way that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -29,16 +29,7 @@ METRICS = {"eval_loss": 0.5, "counts": {"pairs": 3}, "provenance": {"dataset": {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    """A Hub that huggingface_hub in this process talks to; it has read its environment already, hence the constants."""
-    with LoopbackHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        # Its five retries wait 23 seconds in all.
-        monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    with hub_of_this_process(monkeypatch, tmp_path) as hub:
         yield hub
 
 
@@ -52,6 +43,11 @@ def folder(tmp_path: Path) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     write_card(folder, METRICS)
     return folder
+
+
+def push(folder: Path, repo_id: str, **arguments: Any) -> str:
+    """Push a model folder as it is."""
+    return push_files(model_files(folder), repo_id, **arguments)
 
 
 def refusal(hub: LoopbackHub, folder: Path, repo_id: str = REPO_ID, **arguments: Any) -> str:
@@ -232,7 +228,7 @@ def test_wrong_token_and_read_token(hub: LoopbackHub, folder: Path) -> None:
     assert hub.repositories == {}
 
 
-STEPS = ("create", "validate", "preupload", "lfs_batch", "lfs_upload", "lfs_verify", "commit", "tree")
+STEPS = ("create", "info", "validate", "preupload", "lfs_batch", "lfs_upload", "lfs_verify", "commit", "tree")
 FAULTS: dict[int | str, str] = {
     401: "hf auth login",
     403: "write access",
@@ -301,12 +297,62 @@ def test_a_failing_xet_upload_is_a_hub_error_too(
     assert "xet_token" in hub.steps()
 
 
+@pytest.fixture
+def pipeline(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hf_xet huggingface_hub uploads by another path; here every file is small enough for the commit itself."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr("loopback_hub.LFS_SUFFIXES", ())
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_the_pipeline_of_hf_xet_sends_the_same(hub: LoopbackHub, folder: Path) -> None:
+    url = push(folder, REPO_ID)
+
+    repository = hub.repositories[REPO_ID]
+    sent = {name: blob.content for name, blob in repository.files().items() if name != ".gitattributes"}
+    assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert url == f"{hub.url}/{REPO_ID}/commit/{repository.branches['main']}"
+    assert push(folder, REPO_ID) == url
+    assert push(folder, REPO_ID, create_pr=True) == url  # nothing new, so no pull request
+    (folder / "config.json").write_text('{"changed": true}')
+    assert push(folder, REPO_ID, create_pr=True) == f"{hub.url}/{REPO_ID}/discussions/1"
+
+
+@pytest.mark.usefixtures("pipeline")
+@pytest.mark.parametrize(
+    ("step", "fault", "says"),
+    [(step, fault, says) for step in ("preupload", "commit") for fault, says in FAULTS.items()],
+)
+def test_the_pipeline_of_hf_xet_fails_as_clearly(
+    hub: LoopbackHub, folder: Path, step: str, fault: int | str, says: str
+) -> None:
+    hub.faults[step] = fault
+    assert says in refusal(hub, folder)
+    hub.faults.clear()
+    push(folder, REPO_ID)
+    assert hub.repositories[REPO_ID].files()["model.safetensors"].content == b"weights"
+
+
+def test_a_token_of_any_form_is_kept_from_a_server_s_long_answer(
+    hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message is cut off in the middle of the token, which no pattern knows."""
+    monkeypatch.setattr(LoopbackHub, "token", "T0k" + "e" * 200)
+    hub.faults["commit"] = 400
+
+    message = refusal(hub, folder, token=hub.token)
+    assert "T0k" not in message
+    assert "eee" not in message
+
+
 PUSH = """
 import sys
 from pathlib import Path
 from dpo_fast.publish.hub import push
+from dpo_fast.publish.model_folder import model_files
 for folder, repo_id in zip(sys.argv[1::2], sys.argv[2::2]):
-    print(push(Path(folder), repo_id, private=True))
+    print(push(model_files(Path(folder)), repo_id, private=True))
 """
 LOAD = """
 import hashlib, json, sys, torch

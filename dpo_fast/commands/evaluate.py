@@ -1,8 +1,9 @@
 """Commands that score preference sets: evaluate, merge, rescore."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,12 +13,20 @@ from dpo_fast.commands.options import (
     BatchSize,
     BootstrapSeed,
     BundleArgument,
+    Earlier,
     Overwrite,
+    ReportTo,
+    Step,
+    TrainRun,
     TrustRemoteCode,
 )
 from dpo_fast.commands.output import console, print_json, say
 from dpo_fast.errors import UsageError
 from dpo_fast.types import LOSS_TYPES, FDivergence, LossSettings, OnError, ReferenceFree
+
+if TYPE_CHECKING:
+    from dpo_fast.evaluate import EvaluateOptions
+    from dpo_fast.generation.files import Sample
 
 
 def evaluate_command(
@@ -80,14 +89,44 @@ def evaluate_command(
     on_error: Annotated[
         OnError, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
     ] = "stop",
+    generate: Annotated[
+        int | None,
+        typer.Option(help="Samples of policy and reference, into the run; see `dpo-fast generate`.", metavar="N"),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the run's report.html too; see `dpo-fast report`.")
+    ] = False,
+    train_run: TrainRun = None,
+    earlier: Earlier = None,
+    report_to: ReportTo = None,
+    step: Step = None,
     seed: BootstrapSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a preference set and print TRL's metrics; the run keeps every token's log-prob."""
+    from dpo_fast.advice.advise import advise
+    from dpo_fast.advice.hints import hints_as_json, print_hints
     from dpo_fast.evaluate import METRICS, EvaluateOptions, evaluate
+    from dpo_fast.generation.files import remove_samples
+    from dpo_fast.report.charts import plotly_script
+    from dpo_fast.report.write import remove_report, write_report
+    from dpo_fast.trackers import check_trackers
+    from dpo_fast.trackers.finished_run import report_run
 
+    check_trackers(report_to or ())  # rather now than after the work
+    if generate is not None and generate < 1:
+        raise UsageError(f"--generate {generate} must be at least 1")
+    if generate is not None and shard is not None:
+        raise UsageError("--generate answers prompts of the whole set: leave --shard out, or use `dpo-fast generate`")
+    if report and shard is not None:
+        raise UsageError("--report is of the whole set: leave --shard out, then `dpo-fast merge` and `dpo-fast report`")
+    if report:
+        plotly_script()  # is it installed? rather now than after the work
+    for name, folder in [("--train-run", train_run), *(("--earlier", each) for each in earlier or ())]:
+        if folder is not None and not folder.is_dir():  # rather now than after the work
+            raise UsageError(f"{name} {folder}: no such folder; name one that `dpo-fast evaluate` wrote")
     loss = LossSettings(
         beta=beta,
         loss_type=tuple(loss_type or ("sigmoid",)),
@@ -121,13 +160,32 @@ def evaluate_command(
         progress=sys.stderr.isatty(),
     )
     metrics = evaluate(bundle, dataset, output, options, say)
+    if overwrite:  # what is left of another run
+        remove_samples(output)
+        remove_report(output)
+    if generate is not None:
+        samples = _generate(bundle, dataset, output, options, generate)
+        metrics |= {"samples": [asdict(sample) for sample in samples]}
+    # A shard is no whole set; `dpo-fast advise` takes the merged run.
+    hints = [] if shard is not None else advise(output, train_run=train_run, earlier=earlier or ())
+    page = None
+    if report:
+        page = write_report(output, bundle=bundle, trust_remote_code=trust_remote_code, overwrite=True, report=say)
     if as_json:
-        print_json(metrics)
-        return
-    from dpo_fast.table import print_metrics
+        print_json(metrics | {"hints": hints_as_json(hints)})
+    else:
+        from dpo_fast.table import print_metrics
 
-    print_metrics(metrics, console())
-    typer.echo(f"run: {output} ({METRICS}); model card: {bundle / 'policy' / 'README.md'}")
+        print_metrics(metrics, console())
+        if generate is not None:
+            from dpo_fast.generation.table import print_samples
+
+            print_samples(samples, console())
+        print_hints(hints, console())
+        if page is not None:
+            typer.echo(f"report: {page}")
+        typer.echo(f"run: {output} ({METRICS}); model card: {bundle / 'policy' / 'README.md'}")
+    report_run(report_to or (), output, bundle=bundle, step=step, say=say)
 
 
 def merge_command(
@@ -220,6 +278,25 @@ def rescore_command(
     from dpo_fast.rescore_table import print_rescore
 
     print_rescore(result, console())
+
+
+def _generate(bundle: Path, dataset: str, output: Path, options: "EvaluateOptions", num_samples: int) -> "list[Sample]":
+    """Samples of the data that were evaluated, written into the run."""
+    from dpo_fast.generate import GenerateOptions, generate
+    from dpo_fast.generation.files import write_samples
+
+    same = GenerateOptions(
+        num_samples=num_samples,
+        seed=options.seed,
+        split=options.split,
+        limit=options.limit,
+        on_error=options.on_error,
+        max_length=options.max_length,
+        trust_remote_code=options.trust_remote_code,
+    )
+    generated = generate(bundle, dataset, same, say)
+    write_samples(output, generated.samples, generated.provenance)
+    return generated.samples
 
 
 def _token_budget(value: str | None) -> int | Literal["auto"] | None:

@@ -60,3 +60,31 @@ AggregateChoice = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Pairs a batch of --aggregate trl; changes no other number.")]
 BootstrapSeed = Annotated[int, typer.Option(help="Of the bootstrapped intervals.")]
+
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Trackers: mlflow, wandb, trackio, tensorboard, comet_ml, with commas between them; or all that are "
+        "installed, or none.  [default: none]",
+        metavar="NAME,…",
+        show_default=False,
+    ),
+]
+TrainRun = Annotated[
+    Path | None,
+    typer.Option(
+        help="A run of the same policy on training pairs, or a checkpoint of its training with its trainer_state.json.",
+        show_default=False,
+    ),
+]
+Earlier = Annotated[
+    list[Path] | None,
+    typer.Option(help="A run on the same pairs at an earlier step; repeat it, oldest first.", show_default=False),
+]
+Step = Annotated[
+    int | None,
+    typer.Option(
+        help="The trainer's step, for the trackers.  [default: N where the policy came from checkpoint-N, else 0]",
+        show_default=False,
+    ),
+]

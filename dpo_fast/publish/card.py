@@ -1,54 +1,40 @@
 """The model card: a checkpoint's README.md, with what an evaluation found.
 
 A card is front matter that the Hub reads (tags, base model, results) and text that people read. What a card already
-says is its author's: its fields and its text stay, and ours stands between two markers, replaced when written again.
+says is its author's: its fields and its text stay, and ours stands in two parts between markers, replaced when written
+again: what the model is and what an evaluation found; and what was verified and how the model is used, which a push
+knows better than an evaluation.
 """
 
-import html
 import json
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import CheckpointError, StorageError
 from dpo_fast.files import write_text
+from dpo_fast.publish.card_parts import render_evaluation, render_use
+from dpo_fast.publish.graphs import PublishedGraph
+from dpo_fast.publish.values import METRIC_LABELS, as_list, as_mapping, as_number, dataset_of, is_model_id, is_on_hub
+from dpo_fast.publish.verified import Verified
 from dpo_fast.text import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard import RepoCard
 
-START_MARKER = "<!-- dpo_fast: evaluation -->"
-END_MARKER = "<!-- dpo_fast: end -->"
+START_MARKER, END_MARKER = "<!-- dpo_fast: evaluation -->", "<!-- dpo_fast: end -->"
+START_OF_USE, END_OF_USE = "<!-- dpo_fast: use -->", "<!-- dpo_fast: end of use -->"
 TAGS = ("dpo", "dpo_fast")
+GRAPH_TAG = "onnx"
 # Marks the results in `model-index` that are ours to replace; the Hub passes a metric's `config` through as it is.
 METRIC_CONFIG = "dpo_fast"
 TITLE = "# DPO policy"
-UNKNOWN = "–"
-SHOWN_GROUPS = 50
-
-METRIC_LABELS = {
-    "eval_loss": "Loss",
-    "eval_rewards/chosen": "Reward of the chosen completions",
-    "eval_rewards/rejected": "Reward of the rejected completions",
-    "eval_rewards/margins": "Reward margin, chosen − rejected",
-    "eval_rewards/accuracies": "Reward accuracy (share of pairs with chosen above rejected)",
-    "eval_logps/chosen": "Log-prob of the chosen completions",
-    "eval_logps/rejected": "Log-prob of the rejected completions",
-    "eval_logits/chosen": "Mean logit, chosen completions",
-    "eval_logits/rejected": "Mean logit, rejected completions",
-    "eval_entropy": "Entropy a token",
-    "eval_mean_token_accuracy": "Token accuracy, chosen completions",
-}
-
-# The innermost pair of markers, so that a marker left alone by an editor never swallows the author's text.
-_OUR_PART = re.compile(
-    f"{re.escape(START_MARKER)}(?:(?!{re.escape(START_MARKER)}).)*?{re.escape(END_MARKER)}", re.DOTALL
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst", ".txt", ".safetensors", ".onnx")
+# model-index asks for a name; this is what the folder is called in every bundle.
+UNNAMED = "policy"
+NO_PLOTS: Mapping[str, str] = MappingProxyType({})
 
 
 def render_card(
@@ -58,16 +44,19 @@ def render_card(
     base_model: str | None,
     repo_id: str | None = None,
     library_name: str = "transformers",
+    plots: Mapping[str, str] = NO_PLOTS,
 ) -> str:
     """Render a model card; the same arguments give the same text.
 
     Args:
         source_card: the README.md that the checkpoint brought, or an earlier card of ours; its front matter and text
-            are kept, except for our own part between the markers and our own results.
+            are kept, except for our own parts between the markers, our own results, and paths of the machine that it
+            was trained on where the Hub takes ids alone.
         metrics: the content of a run's metrics.json, or None where no evaluation has been run. Keys may be missing.
         base_model: the Hub id of the model that the policy was trained from; anything else (a path) is left out.
         repo_id: the Hub id that the card is published under, for the code that loads the model and for the results.
         library_name: `transformers`, or `peft` for an adapter, where the source card names none.
+        plots: path in the repository by what the plot shows.
 
     Returns:
         The card: YAML front matter and Markdown.
@@ -79,30 +68,112 @@ def render_card(
 
     card = _parse_card(source_card or TITLE + "\n")
     data = card.data
-    base_model = base_model if _is_on_hub(base_model) else None
+    _drop_paths(data)
+    base_model = base_model if is_on_hub(base_model) else None
     results = _eval_results(metrics or {})
     own = ModelCardData(
         base_model=base_model,
         eval_results=results or None,
         library_name=library_name,
-        # model-index asks for a name; "policy" is what the folder is called in every bundle.
-        model_name=(repo_id or "policy").split("/")[-1] if results else None,
+        model_name=(repo_id or UNNAMED).split("/")[-1] if results else None,
         pipeline_tag="text-generation",
     ).to_dict()  # type: ignore[no-untyped-call]
     own_index = own.pop("model-index", [])
     for field, value in own.items():
         if data.get(field) is None:
             data[field] = value
-    tags = _as_list(data.get("tags"))
-    data["tags"] = tags + [tag for tag in TAGS if tag not in tags]
+    _add_tags(data, TAGS)
     data["model-index"] = _merge_model_index(data.get("model-index") or [], own_index) or None
     # YAML 1.1 reads Norwegian's code as false, and would write it back so.
     if data.get("language") is not None:
-        languages = ["no" if language is False else language for language in _as_list(data["language"])]
+        languages = ["no" if language is False else language for language in as_list(data["language"])]
         data["language"] = languages if isinstance(data["language"], list) else languages[0]
-    part = _render_part(metrics, data.get("base_model"), repo_id, data["library_name"])
-    card.text = _replace_part(card.text, part)
+    part = render_evaluation(metrics, base_model=data.get("base_model"), library_name=data["library_name"], plots=plots)
+    card.text = _replace_part(card.text, part, START_MARKER, END_MARKER)
+    _put_use(card, repo_id, None, ())
     return str(card)
+
+
+def render_card_use(
+    card: str,
+    *,
+    repo_id: str | None,
+    verified: Verified | None = None,
+    graphs: Sequence[PublishedGraph] = (),
+) -> str:
+    """Say anew on a card what was verified, how the model is loaded and how its graphs are run; the rest stays.
+
+    Args:
+        card: of `render_card`.
+        repo_id: see `render_card`.
+        verified: what a verification found of these very files.
+        graphs: that lie in the repository.
+
+    Raises:
+        CheckpointError: the card's front matter is not what the Hub takes.
+    """
+    parsed = _parse_card(card)
+    _put_use(parsed, repo_id, verified, graphs)
+    return str(parsed)
+
+
+def read_card(folder: Path) -> str | None:
+    """A model folder's README.md, or None where it has none.
+
+    Raises:
+        CheckpointError: it is not UTF-8.
+        StorageError: the disk refused.
+    """
+    path = folder / "README.md"
+    if not path.exists():
+        return None
+    try:
+        # newline="" and utf-8-sig: the author's line endings stay, a byte-order mark does not hide the front matter.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{str(path)!r} is not UTF-8 ({error.reason}); convert or remove it") from error
+    except OSError as error:
+        raise StorageError(f"{str(path)!r}: {error.strerror or error}; check its permissions") from error
+
+
+def card_of_folder(
+    folder: Path,
+    metrics: dict[str, Any] | None,
+    *,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    plots: Mapping[str, str] = NO_PLOTS,
+) -> str:
+    """Render the card of a model folder, from the one that it holds.
+
+    Args:
+        folder: a Transformers or PEFT folder.
+        metrics: see `render_card`.
+        base_model: see `render_card`; a PEFT adapter's own base model where None.
+        repo_id: see `render_card`.
+        plots: see `render_card`.
+
+    Raises:
+        CheckpointError: its README.md or adapter_config.json cannot be read.
+        StorageError: the disk refused.
+    """
+    adapter = folder / "adapter_config.json"
+    source_card = read_card(folder)
+    try:
+        is_adapter = adapter.is_file()
+        if is_adapter and base_model is None:
+            base_model = adapter_base_model(folder)
+        return render_card(
+            source_card=source_card,
+            metrics=metrics,
+            base_model=base_model,
+            repo_id=repo_id,
+            library_name="peft" if is_adapter else "transformers",
+            plots=plots,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(folder / 'README.md')!r}: {error}") from error
 
 
 def write_card(
@@ -115,7 +186,7 @@ def write_card(
     Args:
         folder: a model folder.
         metrics: see `render_card`.
-        base_model: see `render_card`; a PEFT adapter's own base model where None.
+        base_model: see `card_of_folder`.
         repo_id: see `render_card`.
 
     Returns:
@@ -128,28 +199,8 @@ def write_card(
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is not a folder; give the folder of a saved model")
     path = folder / "README.md"
-    adapter = folder / "adapter_config.json"
     try:
-        is_adapter = adapter.is_file()
-        if is_adapter and base_model is None:
-            base_model = _adapter_base_model(adapter)
-        # newline="" and utf-8-sig: the author's line endings stay, a byte-order mark does not hide the front matter.
-        source_card = None
-        if path.exists():
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                source_card = file.read()
-        card = render_card(
-            source_card=source_card,
-            metrics=metrics,
-            base_model=base_model,
-            repo_id=repo_id,
-            library_name="peft" if is_adapter else "transformers",
-        )
-        write_text(path, card)
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{str(path)!r} is not UTF-8 ({error.reason}); convert or remove it") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r}: {error}") from error
+        write_text(path, card_of_folder(folder, metrics, base_model=base_model, repo_id=repo_id))
     except OSError as error:
         place = str(error.filename or path)
         raise StorageError(f"{place!r}: {error.strerror or error}; check the disk's space and permissions") from error
@@ -169,8 +220,18 @@ def start_card(copy: Path, source: Path) -> None:
         raise CheckpointError(str(error).replace(str(copy), str(source))) from error
 
 
-class _Literal(str):
-    """Text of a form that needs no escaping, for code and addresses, where a backslash would be printed."""
+def adapter_base_model(folder: Path) -> str | None:
+    """The base model that a PEFT folder's adapter names: a Hub id or a path; None where it names none.
+
+    Raises:
+        CheckpointError: its adapter_config.json is not JSON.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        name = as_mapping(json.loads(path.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("adapter_config.json beside it is not JSON; save the adapter again") from error
+    return name if isinstance(name, str) else None
 
 
 def _parse_card(source: str) -> "RepoCard":
@@ -191,14 +252,48 @@ def _parse_card(source: str) -> "RepoCard":
         raise CheckpointError(f"its front matter is not a model card's ({reason}); mend or remove it") from error
 
 
-def _replace_part(text: str, part: str) -> str:
-    """Put our part in the place of an earlier one, or after the text; the rest stays as it is."""
+def _put_use(
+    card: "RepoCard", repo_id: str | None, verified: Verified | None, graphs: Sequence[PublishedGraph]
+) -> None:
+    """Put the second part on a parsed card, and what a push knows into its front matter."""
+    data = card.data
+    if graphs:
+        _add_tags(data, (GRAPH_TAG,))
+    for model in as_list(data.get("model-index")):
+        if repo_id is not None and model["name"] == UNNAMED:
+            model["name"] = repo_id.split("/")[-1]
+    part = render_use(repo_id=repo_id, library_name=data.get("library_name"), verified=verified, graphs=graphs)
+    card.text = _replace_part(card.text, part, START_OF_USE, END_OF_USE)
+
+
+def _replace_part(text: str, part: str, start: str, end: str) -> str:
+    """Put a part of ours in the place of an earlier one, or after the text; the rest stays as it is."""
     newline = "\r\n" if "\r\n" in text else "\n"
-    part = f"{START_MARKER}\n{part.strip()}\n{END_MARKER}".replace("\n", newline)
-    if _OUR_PART.search(text):
-        return _OUR_PART.sub(lambda match: part, text, count=1)
+    part = f"{start}\n{part.strip()}\n{end}".replace("\n", newline)
+    # The innermost pair of markers, so that a marker left alone by an editor never swallows the author's text.
+    earlier = re.compile(f"{re.escape(start)}(?:(?!{re.escape(start)}).)*?{re.escape(end)}", re.DOTALL)
+    if earlier.search(text):
+        return earlier.sub(lambda match: part, text, count=1)
     separator = "" if not text else newline if text.endswith("\n") else newline * 2
     return f"{text}{separator}{part}{newline}"
+
+
+def _add_tags(data: Any, tags: Sequence[str]) -> None:
+    """Add tags to front matter that lacks them."""
+    known = as_list(data.get("tags"))
+    data["tags"] = known + [tag for tag in tags if tag not in known]
+
+
+def _drop_paths(data: Any) -> None:
+    """Drop base models that are paths, which PEFT and TRL write and the Hub refuses, and the tags that say the same."""
+    known = as_list(data.get("base_model"))
+    on_hub = [name for name in known if is_model_id(name)]
+    if len(on_hub) < len(known):
+        data["base_model"] = on_hub or None
+    tags = as_list(data.get("tags"))
+    kept = [tag for tag in tags if not str(tag).startswith("base_model:") or is_model_id(str(tag).split(":")[-1])]
+    if len(kept) < len(tags):
+        data["tags"] = kept
 
 
 def _merge_model_index(index: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,7 +318,7 @@ def _eval_results(metrics: dict[str, Any]) -> "list[EvalResult]":
     """The finite metrics as the Hub's results: unrounded, without intervals, which it has no field for."""
     from huggingface_hub import EvalResult
 
-    dataset, split, revision = _dataset(metrics)
+    dataset, split, revision = dataset_of(metrics)
     return [
         EvalResult(
             task_type="text-generation",
@@ -238,145 +333,5 @@ def _eval_results(metrics: dict[str, Any]) -> "list[EvalResult]":
             metric_config=METRIC_CONFIG,
         )
         for key, label in METRIC_LABELS.items()
-        if (value := _number(metrics.get(key))) is not None
+        if (value := as_number(metrics.get(key))) is not None
     ]
-
-
-def _render_part(metrics: dict[str, Any] | None, base_model: Any, repo_id: str | None, library_name: Any) -> str:
-    """Fill the template; every value that it prints is escaped, so that only the template itself is Markdown."""
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
-
-    # Not autoescape, which knows HTML but not Markdown: `finalize` passes every printed value through ours.
-    environment = Environment(  # noqa: S701
-        finalize=_escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files("dpo_fast.publish").joinpath("card.md.jinja").read_text(encoding="utf-8"))
-    evaluation = metrics or {}
-    dataset, split, revision = _dataset(evaluation)
-    groups = _mapping(evaluation.get("groups"))
-    rows = [{"key": _Literal(key), "label": label, **_cell(evaluation, key)} for key, label in METRIC_LABELS.items()]
-    base_model = base_model if _is_on_hub(base_model) else None
-    return template.render(
-        base_model=base_model,
-        base_model_url=_Literal(f"https://huggingface.co/{base_model}"),
-        library_name=library_name,
-        evaluated=metrics is not None,
-        dataset=dataset,
-        split=split,
-        revision=revision,
-        rows=[row for row in rows if row["value"] != UNKNOWN],
-        aggregate=_mapping(evaluation.get("provenance")).get("aggregate"),
-        facts=_facts(evaluation),
-        groups=[_group_row(name, groups[name]) for name in sorted(groups, key=str)[:SHOWN_GROUPS]],
-        more_groups=max(0, len(groups) - SHOWN_GROUPS),
-        model_id=_Literal(repo_id if _is_hub_id(repo_id) else "user/name"),
-        model_id_is_placeholder=not _is_hub_id(repo_id),
-    )
-
-
-def _facts(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """What the numbers were computed from and how, as far as the metrics say."""
-    counts, provenance = _mapping(metrics.get("counts")), _mapping(metrics.get("provenance"))
-    settings = _mapping(provenance.get("settings"))
-    pairs = _text(counts.get("pairs"))
-    details = [f"{name} {text}" for name in ("ties", "truncated", "skipped") if (text := _text(counts.get(name)))]
-    loss_types = [text for name in _as_list(settings.get("loss_type")) if (text := _text(name))]
-    values = {
-        "Pairs": pairs and pairs + (f" ({', '.join(details)})" if details else ""),
-        "First rows only": _text(provenance.get("limit")),
-        "Loss type": ", ".join(loss_types),
-        "Beta": _text(settings.get("beta")),
-        "Scored without a reference": _text(settings.get("reference_free")),
-        "Engine": _text(provenance.get("engine")),
-        "Precision": _text(provenance.get("precision")),
-    }
-    return [{"label": label, "value": value} for label, value in values.items() if value]
-
-
-def _group_row(name: Any, group: Any) -> dict[str, Any]:
-    """One row of the table of groups."""
-    group = _mapping(group)
-    return {
-        "name": _text(name) or UNKNOWN,
-        "pairs": _text(group.get("pairs")) or UNKNOWN,
-        "ties": _text(group.get("ties")) or UNKNOWN,
-        "accuracy": _cell(group, "eval_rewards/accuracies"),
-        "margin": _cell(group, "eval_rewards/margins"),
-    }
-
-
-def _cell(metrics: Mapping[str, Any], key: str) -> dict[str, str]:
-    """A metric and its interval, five significant digits each."""
-    value = _number(metrics.get(key))
-    ends = [_number(end) for end in _as_list(_mapping(metrics.get("intervals")).get(key))]
-    known = [end for end in ends if end is not None]
-    return {
-        "value": UNKNOWN if value is None else f"{value:.5g}",
-        "interval": f"{known[0]:.5g} to {known[1]:.5g}" if len(ends) == len(known) == 2 else UNKNOWN,
-    }
-
-
-def _dataset(metrics: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """The data set's name, split and revision; of a path only its last part, as its folders are nobody's business."""
-    provenance = _mapping(metrics.get("provenance"))
-    dataset = provenance.get("dataset")
-    name = _text(dataset)
-    if name and not _is_on_hub(name):
-        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
-    return name, _text(_mapping(dataset).get("split")), _text(_mapping(dataset).get("revision"))
-
-
-def _is_hub_id(name: Any) -> bool:
-    """Whether this has the form of a Hub id, `user/name`."""
-    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
-
-
-def _is_on_hub(name: Any) -> bool:
-    """Whether this names something on the Hub rather than a path, as far as one can tell without asking the Hub."""
-    return _is_hub_id(name) and not name.endswith(_FILE_SUFFIXES) and not Path(name).exists()
-
-
-def _adapter_base_model(adapter: Path) -> str | None:
-    """The base model that a PEFT adapter names."""
-    try:
-        name = _mapping(json.loads(adapter.read_text(encoding="utf-8"))).get("base_model_name_or_path")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("adapter_config.json beside it is not JSON; save the adapter again") from error
-    return name if isinstance(name, str) else None
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        return None
-    return float(value)
-
-
-def _text(value: Any) -> str | None:
-    """A name or a number as one line of text, None where there is none; of a mapping, its name."""
-    if isinstance(value, Mapping):
-        value = value.get("name")
-    if value is None or isinstance(value, bool | list | tuple | Mapping):
-        return None
-    return one_line(value) or None
-
-
-def _escape(value: Any) -> str:
-    """Make text mean itself in Markdown and in HTML: in a sentence, a table cell, a link's text."""
-    if isinstance(value, _Literal):
-        return str(value)
-    return html.escape(re.sub(r"([\\`*_\[\]|~$])", r"\\\1", str(value)), quote=False)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """The value, or nothing where it is not a mapping."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def _as_list(value: Any) -> list[Any]:
-    """The values of a field that holds one value, several, or none."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]

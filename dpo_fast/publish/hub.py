@@ -1,102 +1,130 @@
-"""Publishing a model folder on the Hugging Face Hub, with huggingface_hub and nothing else."""
+"""Publishing files on the Hugging Face Hub, with huggingface_hub and nothing else."""
 
 import json
-import os
 import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dpo_fast.errors import CheckpointError, HubError, InputError, UsageError
+from dpo_fast.errors import HubError, InputError, UsageError
 from dpo_fast.text import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-# Formats that run code when they are loaded; a Trainer leaves several of them beside the weights.
-PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
-# Weights of an earlier push, under other names, would be loaded in the place of the new ones: `from_pretrained` takes
-# model.safetensors before an index of shards.
-WEIGHT_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors"]
+# What an earlier push may have left, and what would be taken for this one's: weights under other names, as
+# `from_pretrained` takes model.safetensors before an index of shards; graphs and numbers of other weights.
+STALE_PATTERNS = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model*.safetensors",
+    "policy.onnx",
+    "policy.*.onnx",
+    "reference.onnx",  # an adapter's, which the policy is the base of
+    "reference.*.onnx",
+    "engines/*/policy.*",
+    "engines/*/reference.*",
+    "base/*.safetensors",
+    "reference/*.safetensors",
+    ".eval_results/dpo_fast.yaml",
+    "plots/margin_histogram.png",
+    "plots/accuracy_by_subset.png",
+]
 
 
 def push(
-    folder: Path,
+    files: Mapping[str, Path],
     repo_id: str,
     *,
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload a model folder, weights as they are, to a model repository on the Hub; create it where there is none.
+    """Upload files, as they are, to a model repository on the Hub; create it where there is none.
 
-    Everything in the folder goes. Weights of an earlier push that this one does not replace are deleted in the same
-    commit; other files stay. The Hub is the one that HF_ENDPOINT names. Nothing is sent before the folder and the
-    arguments have been checked.
+    What an earlier push left and this one does not replace (weights, graphs, plots) is deleted in the same commit;
+    other files stay. Files that the Hub has are not sent again, so a push that broke off goes on when it is run again.
+    If somebody else commits in the meantime, nothing is committed. The Hub is the one that HF_ENDPOINT names.
+
+    With hf_xet, which huggingface_hub brings along, uploads that take longer than five minutes may be several commits.
 
     Args:
-        folder: a Transformers or PEFT folder: config, `*.safetensors`, tokenizer, README.md.
+        files: on this disk, by path in the repository.
         repo_id: the repository, `user/name`.
         private: make a new repository private; an existing public one is refused. When False, a new repository has
             its owner's default visibility, and an existing one keeps its own.
         revision: the branch to commit to, created from main where there is none, or `refs/pr/N`; main when None.
         commit_message: the commit's title.
+        create_pr: open a pull request against main instead of committing to it.
         token: a write token; when None, the one of HF_TOKEN or of `hf auth login`.
 
     Returns:
-        The commit's URL.
+        The commit's URL, or the pull request's.
 
     Raises:
         UsageError: `repo_id` is not of the form `user/name`.
-        CheckpointError: the folder is not a whole model folder, or holds files that should not be published.
         HubError: no token, offline, or the Hub refused, failed or could not be reached.
     """
-    import huggingface_hub
     from huggingface_hub import HfApi
 
-    _check_repo_id(repo_id)
-    _check_folder(folder)
-    if huggingface_hub.is_offline_mode():
-        raise HubError(f"cannot push to {repo_id!r} offline: unset HF_HUB_OFFLINE")
+    check_repo_id(repo_id)
+    token = find_token(repo_id, token)
     # Nothing but huggingface_hub runs in here, and it lets through what its HTTP client, its Xet client and its JSON
     # parser raise: all of it means that the push failed. `from None`, as their messages may hold the token.
     try:
-        token = (token or huggingface_hub.get_token() or "").strip()
-        if not token:
-            raise HubError("no Hugging Face token: run `hf auth login`, or set HF_TOKEN to a token with write access")
-        if not re.fullmatch(r"[!-~]+", token):
-            raise HubError("the Hugging Face token holds blanks or other characters that none has: copy it again")
         api = HfApi(token=token, library_name="dpo_fast")
-        _create_repository(api, repo_id, private=private, revision=revision)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or "Upload with dpo_fast",
-            delete_patterns=WEIGHT_PATTERNS,
-        )
+        with tempfile.TemporaryDirectory(prefix="dpo-fast-push-") as folder, _quiet_client():
+            for name, path in files.items():
+                link = Path(folder, name)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+            parent = _prepare_repository(api, repo_id, private=private, revision=revision)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or "Upload with dpo_fast",
+                delete_patterns=STALE_PATTERNS,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
     except InputError:
         raise
     except Exception as error:
-        raise HubError(_redact(_explain(error, repo_id), token)) from None
-    return str(commit.commit_url)
+        raise HubError(_explain(error, repo_id, token)) from None
+    return str(commit.pr_url or commit.commit_url)
 
 
-def _create_repository(api: "HfApi", repo_id: str, *, private: bool, revision: str | None) -> None:
-    """Create the repository and the branch where there are none."""
-    # None, not False: an organisation whose repositories are private by default stays so.
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    # An existing repository keeps its visibility, whatever was asked for.
-    if private and not api.model_info(repo_id).private:
-        raise HubError(f"{repo_id!r} exists and is public: make it private on the Hub, or push without --private")
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+def find_token(repo_id: str, token: str | None = None) -> str:
+    """The token that a push to a repository is made with.
+
+    Raises:
+        HubError: there is none, or the Hub's client is offline.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
+        raise HubError(f"cannot push to {repo_id!r} offline: unset HF_HUB_OFFLINE")
+    token = (token or huggingface_hub.get_token() or "").strip()
+    if not token:
+        raise HubError("no Hugging Face token: run `hf auth login`, or set HF_TOKEN to a token with write access")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise HubError("the Hugging Face token holds blanks or other characters that none has: copy it again")
+    return token
 
 
-def _check_repo_id(repo_id: str) -> None:
-    """Refuse what is not `user/name`; without a user the Hub's client would guess one."""
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is not `user/name`; without a user the Hub's client would guess one.
+
+    Raises:
+        UsageError: it is not.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -109,45 +137,47 @@ def _check_repo_id(repo_id: str) -> None:
         raise UsageError(f"--repo-id {one_line(repr(repo_id))} must be 'user/name', in letters, digits and -_.")
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a whole model, or that holds what nobody means to publish."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{str(folder)!r} is not a folder; give the folder of a saved model")
-    root = folder.resolve()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        shown = one_line(repr(str(name)))
-        if any(part.startswith(".") for part in name.parts):
-            raise CheckpointError(f"{shown} in {str(folder)!r} is a hidden file, not published: move or delete it")
-        # realpath, as resolve() raises on a link that leads to itself.
-        if not Path(os.path.realpath(path)).is_relative_to(root):
-            raise CheckpointError(f"{shown} in {str(folder)!r} links to a file outside of it: put a copy in its place")
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise CheckpointError(f"{shown} in {str(folder)!r} may be a pickle, not published: move or delete it")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise CheckpointError(f"{str(folder)!r} has no config.json: give a folder that save_pretrained wrote")
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{str(folder)!r} has no *.safetensors: save the model with safe serialization")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(f"{str(folder)!r} has no tokenizer: save the tokenizer beside the model")
-    _check_shards(folder)
+def _prepare_repository(api: "HfApi", repo_id: str, *, private: bool, revision: str | None) -> str | None:
+    """Create the repository and the branch where there are none; the commit that is at the branch's head."""
+    # None, not False: an organisation whose repositories are private by default stays so.
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    info = api.model_info(repo_id)
+    # An existing repository keeps its visibility, whatever was asked for.
+    if private and not info.private:
+        raise HubError(f"{repo_id!r} exists and is public: make it private on the Hub, or push without --private")
+    if revision is None:
+        return info.sha
+    if not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.model_info(repo_id, revision=revision).sha
 
 
-def _check_shards(folder: Path) -> None:
-    """Refuse a sharded model of which a shard is missing."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Within the block huggingface_hub logs errors alone, and draws bars for people only.
+
+    Its warnings quote answers of the server as they are.
+    """
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    verbosity, has_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{str(index)!r} is not an index of shards: save the model again") from error
-    for shard in sorted(map(str, shards)):
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{one_line(repr(shard))}, a shard in {str(index)!r}, is missing: save it again")
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            enable_progress_bars()
 
 
-def _explain(error: BaseException, repo_id: str) -> str:
+def _explain(error: BaseException, repo_id: str, token: str) -> str:
     """One line on what went wrong and what to do."""
     import httpx2
     from huggingface_hub import constants
@@ -156,32 +186,34 @@ def _explain(error: BaseException, repo_id: str) -> str:
     # An upload in a thread arrives wrapped in a RuntimeError.
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
+    said = one_line(_redact(str(error), token))
     # Without the user and password that an address can hold.
     host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
     if isinstance(error, HfHubHTTPError):
-        return _explain_status(error.response.status_code, error.server_message, repo_id, host)
+        reason = one_line(_redact(error.server_message or "", token))
+        return _explain_status(error.response.status_code, reason, repo_id, host)
     if isinstance(error, OfflineModeIsEnabled):
         return f"cannot push to {repo_id!r} offline: unset HF_HUB_OFFLINE"
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
-        return f"cannot reach {host} ({one_line(error)}): check the network, the proxy and HF_ENDPOINT"
+        return f"cannot reach {host} ({said}): check the network, the proxy and HF_ENDPOINT"
     if isinstance(error, httpx2.TransportError):
-        return f"the connection to {host} broke off ({one_line(error)}): push again, what has arrived is not sent twice"
+        return f"the connection to {host} broke off ({said}): push again, what has arrived is not sent twice"
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot read {one_line(repr(str(error.filename)))} ({error.strerror}): check its permissions"
     if isinstance(error, OSError):
         # hf_xet's errors, which carry no status: ConnectionError, XetAuthenticationError (a PermissionError) and such.
         return (
-            f"{host} did not take the weights into its Xet storage ({one_line(error)}): check that the token may write"
+            f"{host} did not take the weights into its Xet storage ({said}): check that the token may write"
             f" to {repo_id!r}, then push again, or upload without Xet by HF_HUB_DISABLE_XET=1"
         )
     if isinstance(error, json.JSONDecodeError | KeyError):
-        return f"{host} did not answer as a Hub does ({one_line(error)}): check HF_ENDPOINT, or push again later"
-    return f"the push to {repo_id!r} failed ({type(error).__name__}: {one_line(error)}): mend it, then push again"
+        return f"{host} did not answer as a Hub does ({said}): check HF_ENDPOINT, or push again later"
+    return f"the push to {repo_id!r} failed ({type(error).__name__}: {said}): mend it, then push again"
 
 
-def _explain_status(status: int, server_message: str | None, repo_id: str, host: str) -> str:
+def _explain_status(status: int, reason: str, repo_id: str, host: str) -> str:
     """What an HTTP status means for a push, the Hub's own words, and what to do."""
-    reason = f"{status}: {one_line(server_message)}" if server_message else str(status)
+    reason = f"{status}: {reason}" if reason else str(status)
     if status == 401:
         return f"{host} did not accept the token ({reason}): run `hf auth login`, or set HF_TOKEN to a valid token"
     if status == 403:
@@ -197,8 +229,6 @@ def _explain_status(status: int, server_message: str | None, repo_id: str, host:
     return f"{host} refused the push to {repo_id!r} ({reason}): mend it, then push again"
 
 
-def _redact(message: str, token: str | None) -> str:
-    """Take the token out, and whatever else looks like one."""
-    if token:
-        message = message.replace(token, "hf_***")
-    return re.sub(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+", "hf_***", message)
+def _redact(message: str, token: str) -> str:
+    """Take the token out, and whatever else looks like one; before anything is cut off, which would leave a part."""
+    return re.sub(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+", "hf_***", message.replace(token, "hf_***"))

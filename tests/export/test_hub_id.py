@@ -12,7 +12,8 @@ PUSH = """
 import sys
 from pathlib import Path
 from dpo_fast.publish.hub import push
-push(Path(sys.argv[1]), sys.argv[2])
+from dpo_fast.publish.model_folder import model_files
+push(model_files(Path(sys.argv[1])), sys.argv[2])
 """
 
 

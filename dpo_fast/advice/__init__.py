@@ -1,0 +1,1 @@
+"""What a run's numbers speak for: `dpo-fast advise`."""

@@ -1,0 +1,108 @@
+"""The command that follows a training: watch."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpo_fast.commands.options import (
+    AggregateChoice,
+    AsJson,
+    BatchSize,
+    BundleArgument,
+    NoSelfCheck,
+    Overwrite,
+    ReportTo,
+    TrustRemoteCode,
+)
+from dpo_fast.commands.output import console, print_json, say
+from dpo_fast.types import LOSS_TYPES, LossSettings, OnError
+
+
+def watch_command(
+    bundle: BundleArgument,
+    checkpoints: Annotated[
+        Path, typer.Option(help="The trainer's output_dir, where checkpoint-STEP appear.", show_default=False)
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder of watch.json, watch.html and a run for each checkpoint.", show_default=False)
+    ],
+    poll_seconds: Annotated[float, typer.Option(help="Seconds between two looks at the checkpoints.")] = 10.0,
+    once: Annotated[bool, typer.Option("--once", help="Score what is there, and end.")] = False,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(
+            help="End with so many checkpoints scored, those of earlier calls included.  [default: with the training's "
+            "last step]",
+            show_default=False,
+        ),
+    ] = None,
+    report_to: ReportTo = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
+    loss_type: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
+    ] = None,
+    aggregate: AggregateChoice = "exact",
+    batch_size: BatchSize = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.")] = 0,
+    on_error: Annotated[
+        OnError, typer.Option(help="What a row that cannot be used does: stop the watch, or be skipped.")
+    ] = "stop",
+    no_self_check: NoSelfCheck = False,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score each checkpoint of a training as it appears: margin, accuracy and drift over the steps."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from dpo_fast.evaluate import EvaluateOptions
+    from dpo_fast.training.page import PAGE
+    from dpo_fast.training.steps import WATCH
+    from dpo_fast.training.table import watch_table
+    from dpo_fast.training.watch import WatchOptions, watch
+
+    options = WatchOptions(
+        poll_seconds=poll_seconds,
+        once=once,
+        stop_after=stop_after,
+        report_to=tuple(report_to or ()),
+        self_check=not no_self_check,
+        overwrite=overwrite,
+        evaluate=EvaluateOptions(
+            split=split,
+            limit=limit,
+            on_error=on_error,
+            max_length=max_length,
+            loss=LossSettings(beta=beta, loss_type=tuple(loss_type or ("sigmoid",))),
+            aggregate=aggregate,
+            batch_size=batch_size,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+        ),
+    )
+    where = console()
+    if where.is_terminal and not as_json:
+        with Live(console=where, auto_refresh=False) as live:
+
+            def show(steps: dict[str, Any]) -> None:
+                live.update(watch_table(steps, f"watching {checkpoints}; Ctrl-C ends"), refresh=True)
+
+            result = watch(bundle, checkpoints, dataset, output, options, lambda line: where.print(Text(line)), show)
+            live.update(watch_table(result), refresh=True)
+    else:
+        result = watch(bundle, checkpoints, dataset, output, options, say)
+        if as_json:
+            print_json(result)
+            return
+        where.print(watch_table(result))
+    typer.echo(f"watch: {output} ({WATCH}, {PAGE})")

@@ -1,0 +1,1 @@
+"""Runs of the same pairs, compared pair by pair: `dpo-fast compare`."""

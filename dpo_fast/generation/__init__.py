@@ -1,0 +1,1 @@
+"""Parts of `dpo_fast.generate`: which prompts, the weights that answer them, what is written and shown."""
