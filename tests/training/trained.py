@@ -27,8 +27,8 @@ ROWS = [
 ]  # fmt: skip
 
 
-def write_pairs(path: Path) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+def write_pairs(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
 
 
