@@ -8,21 +8,19 @@ rows -> tokens -> engine, original (three times) -> drift, decisions, noise floo
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dpo_fast.batches import Layout, longest_row
+from dpo_fast.batches import longest_row
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.engines import load_engine, open_engine
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.endpoint import Dialect, EndpointEngine
-from dpo_fast.engines.torch import TorchEngine
 from dpo_fast.errors import DatasetError, EngineOutputError, UsageError
 from dpo_fast.evaluate import bundle_tokens
-from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.files import new_folder, write_json, write_text
 from dpo_fast.progress import Progress
 from dpo_fast.provenance import hardware, versions
@@ -30,6 +28,7 @@ from dpo_fast.token_table import TokenTable
 from dpo_fast.types import OnError, ReferenceFree
 from dpo_fast.verification.bisect import bisect
 from dpo_fast.verification.noise import Floor
+from dpo_fast.verification.original import HALVES, Original
 from dpo_fast.verification.page import write_page
 from dpo_fast.verification.scoring import score_tokens
 from dpo_fast.verification.served import score_served
@@ -39,10 +38,11 @@ from dpo_fast.verification.verdict import Check, Tolerance, Verification, defaul
 
 RESULT, PAGE, RECIPE = "verify.json", "verify.html", "exact-layers.toml"
 EngineChoice = Literal["recipe", "exact"]
+ByRole = dict[str, tuple[ScoredTokens, ScoredTokens]]  # chosen and rejected
 # The original in two shapes of batches: several rows at a time, and one.
-ORIGINAL_BUDGET, ONE_ROW = 1024, 1
+ORIGINAL, RESHAPED = "original", "original, one row a batch"
+ORIGINAL_BUDGET, ONE_ROW = 1024, 1  # tokens
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
-HALVES = {"BF16": "bf16", "F16": "fp16"}  # a checkpoint's own precision, by safetensors' names
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,79 +140,15 @@ def verify(
     opened.verify()
     with new_folder(output, overwrite=options.overwrite, marker=RESULT) as folder:
         table, data, skipped = _read(opened, dataset, max_length, options)
-        original = _Original(opened, max_length, options)
-        scorings: dict[str, Scoring] = {}
-        seconds: dict[str, float] = {}
-        problem: str | None = None
-        name = ""
-        with Progress((3 + 1) * len(table) * len(roles), shown=options.progress) as progress:
-
-            @contextmanager
-            def timed(what: str) -> Iterator[None]:
-                report(f"scoring {len(table)} pairs: {what}")
-                started = time.perf_counter()
-                yield
-                seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
-
-            halves = original.half_precisions(precision)
-            said: dict[str, dict[str, tuple[ScoredTokens, ScoredTokens]]] = {}
-            for role in roles:
-                for what, kind, budget in (
-                    ("original", "fp32", ORIGINAL_BUDGET),
-                    ("original, one row a batch", "fp32", ONE_ROW),
-                    *((f"original in {half}", half, ORIGINAL_BUDGET) for half in halves),
-                ):
-                    with timed(what):
-                        said.setdefault(what, {})[role] = original.score(role, kind, budget, table, progress.add)
-                original.release()
-            try:
-                with timed("engine"):
-                    said["engine"] = {}
-                    if options.endpoint is not None:
-                        server = _endpoint(options)
-                        name = server.name
-                        said["engine"] = {**said["original"], POLICY: score_served(table, server, progress.add)}
-                    for role in roles if options.endpoint is None else ():
-                        loaded = (engine or _opener(options))(opened, role)
-                        name = loaded.name
-                        entry = opened.manifest.models[role]
-                        said["engine"][role] = score_tokens(
-                            table,
-                            loaded,
-                            layout=entry.layout,
-                            token_budget=options.token_budget or int(opened.manifest.recipe["token_budget"]),
-                            row_limit=longest_row(entry.layout, max_length),
-                            watch=progress.add,
-                        )
-                        del loaded
-            except EngineOutputError as error:  # what it said is no opinion: that is a verdict
-                problem = str(error)
-        if problem is None:
-            scorings = {what: _scoring(table, by_role) for what, by_role in said.items()}
-            rounded = [scorings[f"original in {half}"] for half in halves]
-            judged = verify_scores(
-                Scorings(
-                    pairs=_pairs(table, options),
-                    original=scorings["original"],
-                    reshaped=scorings["original, one row a batch"],
-                    rounded=rounded[0] if rounded else None,
-                    engine=scorings["engine"],
-                    beta=options.beta,
-                    reference_free=options.reference_free,
-                ),
-                tolerance,
-                seed=options.seed,
-            )
-        else:
-            check = Check("integrity", None, None, 0.0, "fail", problem)
-            judged = Verification("fail", (problem,), None, tolerance, (check,))
+        original = Original(opened, max_length, trust_remote_code=options.trust_remote_code)
+        scored = _score(opened, original, table, roles, precision, max_length, options, report, engine)
         result = {
-            **judged.as_dict(),
+            **_judge(scored, table, tolerance, options).as_dict(),
             "pairs": len(table),
             "skipped": skipped,
-            "timing": {"scoring_seconds": seconds, "total_seconds": time.perf_counter() - began},
+            "timing": {"scoring_seconds": scored.seconds, "total_seconds": time.perf_counter() - began},
             "provenance": {
-                "engine": name,
+                "engine": scored.engine,
                 "precision": precision,
                 "original": original.name,
                 "recipe": opened.manifest.recipe["name"],
@@ -247,6 +183,103 @@ def verify(
         write_json(folder / RESULT, result)
         write_page(folder / PAGE, result)
     return result
+
+
+@dataclass(slots=True)
+class _Scored:
+    """What everybody says of the pairs.
+
+    Attributes:
+        original: the original's own scorings: in float32, in another shape of batches, and in half precision.
+        served: the engine's, or None where it failed.
+        problem: why it failed, or None.
+        engine: its name.
+        seconds: wall time of each scoring, loading included.
+    """
+
+    original: dict[str, Scoring]
+    served: Scoring | None = None
+    problem: str | None = None
+    engine: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _score(
+    bundle: Bundle,
+    original: Original,
+    table: TokenTable,
+    roles: list[str],
+    precision: str,
+    max_length: int,
+    options: VerifyOptions,
+    report: Callable[[str], None],
+    engine: Callable[[Bundle, str], Engine] | None,
+) -> _Scored:
+    """Let the original score the pairs, several times, and the engine once; one model is in memory at a time."""
+    scored = _Scored({})
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        report(f"scoring {len(table)} pairs: {what}")
+        started = time.perf_counter()
+        yield
+        scored.seconds[what] = scored.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    ways = {ORIGINAL: ("fp32", ORIGINAL_BUDGET), RESHAPED: ("fp32", ONE_ROW)}
+    ways |= {f"original in {half}": (half, ORIGINAL_BUDGET) for half in original.half_precisions(precision)}
+    said: dict[str, ByRole] = {what: {} for what in ways}
+    with Progress((len(ways) + 1) * len(table) * len(roles), shown=options.progress) as progress:
+        for role in roles:
+            for what, (kind, budget) in ways.items():
+                with timed(what):
+                    said[what][role] = original.score(role, kind, budget, table, progress.add)
+            original.release()
+        scored.original = {what: _scoring(table, by_role) for what, by_role in said.items()}
+        by_engine: ByRole = {}
+        try:
+            with timed("engine"):
+                if options.endpoint is not None:
+                    server = _endpoint(options)
+                    scored.engine = server.name
+                    by_engine = {**said[ORIGINAL], POLICY: score_served(table, server, progress.add)}
+                for role in roles if options.endpoint is None else ():
+                    loaded = (engine or _opener(options))(bundle, role)
+                    scored.engine = loaded.name
+                    entry = bundle.manifest.models[role]
+                    by_engine[role] = score_tokens(
+                        table,
+                        loaded,
+                        layout=entry.layout,
+                        token_budget=options.token_budget or int(bundle.manifest.recipe["token_budget"]),
+                        row_limit=longest_row(entry.layout, max_length),
+                        watch=progress.add,
+                    )
+                    del loaded
+        except EngineOutputError as error:  # what it said is no opinion: that is a verdict
+            scored.problem = str(error)
+        else:
+            scored.served = _scoring(table, by_engine)
+    return scored
+
+
+def _judge(scored: _Scored, table: TokenTable, tolerance: Tolerance, options: VerifyOptions) -> Verification:
+    """The verdict; an engine that failed has one too."""
+    if scored.served is None:
+        problem = scored.problem or ""
+        return Verification(
+            "fail", (problem,), None, tolerance, (Check("integrity", None, None, 0.0, "fail", problem),)
+        )
+    rounded = [scoring for what, scoring in scored.original.items() if what not in (ORIGINAL, RESHAPED)]
+    scorings = Scorings(
+        pairs=_pairs(table, options),
+        original=scored.original[ORIGINAL],
+        reshaped=scored.original[RESHAPED],
+        rounded=rounded[0] if rounded else None,
+        engine=scored.served,
+        beta=options.beta,
+        reference_free=options.reference_free,
+    )
+    return verify_scores(scorings, tolerance, seed=options.seed)
 
 
 def _check_options(options: VerifyOptions) -> None:
@@ -317,64 +350,6 @@ def _read(
         tokens.close()
 
 
-class _Original:
-    """The bundle's PyTorch weights; one model is in memory at a time."""
-
-    def __init__(self, bundle: Bundle, max_length: int, options: VerifyOptions) -> None:
-        self._bundle, self._max_length, self._options = bundle, max_length, options
-        self._loaded: tuple[str, str, TorchEngine] | None = None
-        self.name = ""
-
-    def half_precisions(self, engine_precision: str) -> list[str]:
-        """The checkpoint's own precision below float32, or what stands for it; none where nothing lower is meant."""
-        stored = {dtype for entry in self._bundle.manifest.models.values() for dtype in entry.stored_dtypes}
-        for dtype, half in HALVES.items():
-            if dtype in stored:
-                return [half]
-        return [] if engine_precision == "fp32" else ["bf16"]
-
-    def score(
-        self,
-        role: str,
-        precision: str,
-        token_budget: int,
-        table: TokenTable,
-        watch: Callable[[float, int], None],
-    ) -> tuple[ScoredTokens, ScoredTokens]:
-        """Score a table plainly, one sequence a row."""
-        layout: Layout = "plain"
-        return score_tokens(
-            table,
-            self._open(role, precision),
-            layout=layout,
-            token_budget=token_budget,
-            row_limit=longest_row(layout, self._max_length),
-            watch=watch,
-        )
-
-    def release(self) -> None:
-        """Let go of the weights."""
-        if self._loaded is not None:
-            self._loaded[2].close()
-        self._loaded = None
-
-    def _open(self, role: str, precision: str) -> TorchEngine:
-        if self._loaded is None or self._loaded[:2] != (role, precision):
-            self.release()
-            folder = self._bundle.model_folder(role)
-            entry = self._bundle.manifest.models[role]
-            is_adapter = (folder / ADAPTER_CONFIG).is_file()
-            engine = TorchEngine(
-                folder,
-                precision=precision,
-                base=self._bundle.folder / entry.weights[0] if is_adapter else None,
-                trust_remote_code=self._options.trust_remote_code,
-            )
-            self._loaded = role, precision, engine
-            self.name = engine.name
-        return self._loaded[2]
-
-
 def _claimed_precision(bundle: Bundle, options: VerifyOptions) -> str:
     """What is to be expected of the engine, where the user does not say."""
     if options.endpoint is not None:
@@ -408,7 +383,7 @@ def _opener(options: VerifyOptions) -> Callable[[Bundle, str], Engine]:
     return exact if options.engine == "exact" else of_the_recipe
 
 
-def _scoring(table: TokenTable, by_role: dict[str, tuple[ScoredTokens, ScoredTokens]]) -> Scoring:
+def _scoring(table: TokenTable, by_role: ByRole) -> Scoring:
     policy, reference = by_role[POLICY], by_role.get(REFERENCE, (None, None))
     return Scoring(table.rows, *policy, *reference)
 

@@ -1,0 +1,71 @@
+"""What an engine is compared with: the bundle's own PyTorch weights, one sequence a row."""
+
+from collections.abc import Callable
+
+from dpo_fast.batches import Layout, longest_row
+from dpo_fast.bundle import Bundle
+from dpo_fast.engines.torch import TorchEngine
+from dpo_fast.export.checkpoint import ADAPTER_CONFIG
+from dpo_fast.token_table import TokenTable
+from dpo_fast.verification.scoring import score_tokens
+from dpo_fast.verification.types import ScoredTokens
+
+HALVES = {"BF16": "bf16", "F16": "fp16"}  # a checkpoint's own precision, by safetensors' names
+
+
+class Original:
+    """The bundle's PyTorch weights; one model is in memory at a time."""
+
+    def __init__(self, bundle: Bundle, max_length: int, *, trust_remote_code: bool) -> None:
+        self._bundle, self._max_length, self._trust_remote_code = bundle, max_length, trust_remote_code
+        self._loaded: tuple[str, str, TorchEngine] | None = None
+        self.name = ""
+
+    def half_precisions(self, engine_precision: str) -> list[str]:
+        """The checkpoint's own precision below float32, or what stands for it; none where nothing lower is meant."""
+        stored = {dtype for entry in self._bundle.manifest.models.values() for dtype in entry.stored_dtypes}
+        for dtype, half in HALVES.items():
+            if dtype in stored:
+                return [half]
+        return [] if engine_precision == "fp32" else ["bf16"]
+
+    def score(
+        self,
+        role: str,
+        precision: str,
+        token_budget: int,
+        table: TokenTable,
+        watch: Callable[[float, int], None],
+    ) -> tuple[ScoredTokens, ScoredTokens]:
+        """Score a table plainly, one sequence a row."""
+        layout: Layout = "plain"
+        return score_tokens(
+            table,
+            self._open(role, precision),
+            layout=layout,
+            token_budget=token_budget,
+            row_limit=longest_row(layout, self._max_length),
+            watch=watch,
+        )
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        if self._loaded is not None:
+            self._loaded[2].close()
+        self._loaded = None
+
+    def _open(self, role: str, precision: str) -> TorchEngine:
+        if self._loaded is None or self._loaded[:2] != (role, precision):
+            self.release()
+            folder = self._bundle.model_folder(role)
+            entry = self._bundle.manifest.models[role]
+            is_adapter = (folder / ADAPTER_CONFIG).is_file()
+            engine = TorchEngine(
+                folder,
+                precision=precision,
+                base=self._bundle.folder / entry.weights[0] if is_adapter else None,
+                trust_remote_code=self._trust_remote_code,
+            )
+            self._loaded = role, precision, engine
+            self.name = engine.name
+        return self._loaded[2]
