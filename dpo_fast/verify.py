@@ -37,7 +37,7 @@ from dpo_fast.verification.types import ScoredTokens, Scoring, Scorings
 from dpo_fast.verification.verdict import Check, Tolerance, Verification, default_tolerance, verify_scores
 
 RESULT, PAGE, RECIPE = "verify.json", "verify.html", "exact-layers.toml"
-EngineChoice = Literal["recipe", "exact"]
+EngineChoice = Literal["recipe", "onnxruntime", "openvino"]
 ByRole = dict[str, tuple[ScoredTokens, ScoredTokens]]  # chosen and rejected
 # The original in two shapes of batches: several rows at a time, and one.
 ORIGINAL, RESHAPED = "original", "original, one row a batch"
@@ -50,7 +50,7 @@ class VerifyOptions:
     """What a user can choose about a verification.
 
     Attributes:
-        engine: the recipe's, or the exact graph on ONNX Runtime.
+        engine: the recipe's; or another, which runs the exact graph in float32.
         endpoint: URL of a server that is verified instead, serving the policy.
         model: its name there.
         endpoint_dialect: how the server is asked for log-probs.
@@ -371,16 +371,16 @@ def _endpoint(options: VerifyOptions) -> EndpointEngine:
 
 
 def _opener(options: VerifyOptions) -> Callable[[Bundle, str], Engine]:
-    """Opens a role's engine, or the exact graph."""
+    """Opens a role's engine, or another one on the exact graph."""
 
     def exact(bundle: Bundle, role: str) -> Engine:
         gates = bundle.manifest.models[role].adapter_gates
-        return load_engine("onnxruntime", "fp32", bundle.graph(role), gates, threads=options.threads)
+        return load_engine(options.engine, "fp32", bundle.graph(role), gates, threads=options.threads)
 
     def of_the_recipe(bundle: Bundle, role: str) -> Engine:
         return open_engine(bundle, role, threads=options.threads)
 
-    return exact if options.engine == "exact" else of_the_recipe
+    return of_the_recipe if options.engine == "recipe" else exact
 
 
 def _scoring(table: TokenTable, by_role: ByRole) -> Scoring:

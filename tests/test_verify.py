@@ -138,8 +138,12 @@ def test_a_pass_exits_with_0_and_is_signed(
     assert run(["check-signature", str(bundle), "--public-key", str(public)]) == 2
 
 
-def test_the_exact_graph_can_be_verified_too(bundle: Path, dataset: str, tmp_path: Path) -> None:
-    assert command(bundle, dataset, tmp_path / "out", "--engine", "exact", "--max-accuracy-change", "0.6") == 0
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_exact_graph_can_be_verified_too(bundle: Path, dataset: str, tmp_path: Path, engine: str) -> None:
+    assert command(bundle, dataset, tmp_path / "out", "--engine", engine, "--max-accuracy-change", "0.6") == 0
+    result = json.loads((tmp_path / "out" / RESULT).read_text(encoding="utf-8"))
+    assert result["provenance"]["engine"].startswith(engine)
+    assert result["provenance"]["precision"] == "fp32"
     assert not (bundle / ATTESTATION).exists()  # it is not what the bundle's engine runs
 
 

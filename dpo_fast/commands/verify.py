@@ -19,7 +19,8 @@ def verify_command(
     ],
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     engine: Annotated[
-        Literal["recipe", "exact"], typer.Option(help="The recipe's engine, or the exact graph on ONNX Runtime.")
+        Literal["recipe", "onnxruntime", "openvino"],
+        typer.Option(help="The recipe's engine; or another, on the exact float32 graph."),
     ] = "recipe",
     endpoint: Annotated[
         str | None,

@@ -28,8 +28,12 @@ def watch_command(
         str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option(help="Folder of watch.json, watch.html and a run for each checkpoint.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(
+            help="Folder of watch.json, watch.html and a run for each checkpoint.  [default: CHECKPOINTS/watched]",
+            show_default=False,
+        ),
+    ] = None,
     poll_seconds: Annotated[float, typer.Option(help="Seconds between two looks at the checkpoints.")] = 10.0,
     once: Annotated[bool, typer.Option("--once", help="Score what is there, and end.")] = False,
     stop_after: Annotated[
@@ -90,6 +94,7 @@ def watch_command(
             trust_remote_code=trust_remote_code,
         ),
     )
+    output = output or checkpoints / "watched"
     where = console()
     if where.is_terminal and not as_json:
         with Live(console=where, auto_refresh=False) as live:

@@ -313,12 +313,15 @@ def test_trackers_are_told_of_each_step_and_stop_nothing(watched: Watched, monke
 def test_the_command(watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
     watched.add(50)
     watched.add(100)
-    watched.moments = iter([nothing])
+    watched.moments = iter([nothing, nothing])
     arguments = [
         "watch", str(watched.bundle), "--checkpoints", str(watched.checkpoints), "--dataset", watched.pairs,
         "--output", str(watched.output), "--beta", "0.5",
     ]  # fmt: skip
 
+    output = arguments.index("--output")
+    assert dpo_fast.cli.run([*arguments[:output], *arguments[output + 2 :], "--once"]) == 0
+    assert (watched.checkpoints / "watched" / "watch.html").is_file()  # where nothing else is said
     assert dpo_fast.cli.run([*arguments, "--once"]) == 0
     shown = capsys.readouterr().out
     assert dpo_fast.cli.run([*arguments, "--json"]) == 0
