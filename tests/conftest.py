@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from traces import Traces
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
+os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")  # whoever is imported after Comet would tell it everything
 
 
 @pytest.fixture(autouse=True)
