@@ -1,6 +1,10 @@
 """What every test may use: a tiny policy and its reference, and the bundle exported from them, once a session."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +16,10 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")  # whoever is imported after Comet would tell it everything
+if "DPO_FAST_TEST_TRACES" not in os.environ:  # pytest's other processes find it set
+    os.environ["DPO_FAST_TEST_TRACES"] = tempfile.mkdtemp(prefix="dpo-fast-traces-")
+    atexit.register(shutil.rmtree, os.environ["DPO_FAST_TEST_TRACES"], ignore_errors=True)
+gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the million, and keeps most of them
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +39,11 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> "Traces":
+def traced() -> "Traces":
     """`dpo_fast.export.graph.trace`, once for each architecture; see `traces`."""
     from traces import Traces
 
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all of this run's processes
-    return Traces(shared / "traces")
+    return Traces()
 
 
 @pytest.fixture(scope="session")

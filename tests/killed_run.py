@@ -72,5 +72,12 @@ def main(moment: int, log: Path, task: str, *arguments: str) -> None:
     sys.stdout.write(str(seen))
 
 
+def do(moment: int, log: Path, cache: Path, output: Path, *arguments: str) -> None:
+    """The same in a process that was forked: with a cache, and a file for standard output."""
+    os.environ["DPO_FAST_CACHE"] = str(cache)
+    with output.open("w") as sys.stdout:
+        main(moment, log, *arguments)
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

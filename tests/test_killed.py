@@ -1,6 +1,7 @@
 """A run that is killed, at whatever moment, goes on to the very same bytes, and does at most one part's work twice."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import killed_run
 import pytest
 from fake_engines import make_fake_bundle, write_rows
 
@@ -19,6 +21,9 @@ SCRIPT = Path(__file__).with_name("killed_run.py")
 ROWS = [
     {"prompt": f"What is {n}?", "chosen": " It is" + " so" * n, "rejected": " no" * (n % 5 + 1)} for n in range(1, 23)
 ]
+# Each process is forked from one that has imported everything.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["killed_run", "datasets", "pyarrow.parquet", "transformers"])
 OF_ONE_PART = 8  # batches at most: of four rows under two models
 MOMENTS = 50
 pytestmark = pytest.mark.slow
@@ -31,14 +36,12 @@ def data(tmp_path: Path) -> tuple[str, str]:
 
 def call(moment: int, log: Path, cache: Path, *arguments: object) -> tuple[int, str]:
     """The exit code and the output of a process that dies at a moment, or at none (-1)."""
-    done = subprocess.run(
-        [sys.executable, SCRIPT, str(moment), log, *map(str, arguments)],
-        env=os.environ | {"DPO_FAST_CACHE": str(cache)},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-    return done.returncode, done.stdout.decode()
+    output = log.with_suffix(".output")
+    process = PROCESSES.Process(target=killed_run.do, args=(moment, log, cache, output, *map(str, arguments)))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)  # what it says of itself is on standard error
+    return process.exitcode, output.read_text()
 
 
 def result(run: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tracing an architecture costs seconds, so each is traced once in a run of the tests, whichever process asks first."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,9 +18,9 @@ UNBOUND = "unbound"  # in the place of a file's name, for parameters, which have
 class Traces:
     """`graph.trace`, remembering what it has traced; its graphs are copied before they are bound, never changed."""
 
-    def __init__(self, folder: Path) -> None:
-        """Remember in a folder that other processes may share."""
-        self._folder = folder
+    def __init__(self) -> None:
+        """Remember in the folder that conftest.py has made for all processes of this run."""
+        self._folder = Path(os.environ["DPO_FAST_TEST_TRACES"])
         self._loaded: dict[str, ir.Model] = {}
 
     def __call__(
@@ -54,7 +55,7 @@ class Traces:
 def _save(model: ir.Model, path: Path) -> None:
     """Write a traced graph, whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    own = path.with_suffix(f".{id(model)}.part")
+    own = path.with_suffix(f".{os.getpid()}.part")
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.dtype is not None

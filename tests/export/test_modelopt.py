@@ -180,7 +180,7 @@ def test_an_infinite_activation_is_one_line(tmp_path: Path, llama: Path) -> None
 
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path: Path, llama: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^policy: Transformers cannot load .*; take calibrator = \"largest\"$"):
+    with pytest.raises(CheckpointError, match=r"^policy: Transformers cannot load this checkpoint \(.*\)$"):
         measure_by_modelopt(tmp_path / "policy", body(llama), PAIRS)
 
 

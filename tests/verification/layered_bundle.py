@@ -1,35 +1,28 @@
 """A bundle of a tiny model with several layers, without export's checks, whose graph may point at other weights."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 from export.binding import bind_folder
 from tiny_models import make_config, make_model, perturb, save_model
+from traces import Traces
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_fast.bundle import FORMAT, POLICY, REFERENCE, Bundle, Manifest, ModelEntry, hash_files
-from dpo_fast.export.graph import trace
 from dpo_fast.export.precision import make_engine_graph
 from dpo_fast.export.probes import make_probes
 from dpo_fast.recipes import Recipe
 from dpo_fast.types import TokenizedPair
 
 TILE = 128
+TRACED = Traces()
 PAIRS: Sequence[TokenizedPair] = make_probes(500, positions=256)
 FP32 = Recipe("fp32", "exact", "onnxruntime", "fp32", TILE, 256)
 INT8 = Recipe("int8", "8 bits", "onnxruntime", "int8", TILE, 256, "fp32", reduce_range=False)
 INT4 = Recipe("int4", "4 bits", "onnxruntime", "int4", TILE, 256, "fp32", block_size=16, symmetric=True)
 FP8 = Recipe("fp8", "float8", "tensorrt", "fp8", TILE, 256, "fp32", head_chunk=256, calibrator="largest")
-
-
-@functools.cache
-def traced(model_type: str, layers: int) -> ir.Model:
-    """Tracing costs seconds; a traced graph is copied before it is bound."""
-    return trace(_config(model_type, layers), vocabulary_tile=TILE)
 
 
 def _config(model_type: str, layers: int):
@@ -56,7 +49,7 @@ def make_bundle(
         if fault is not None:
             fault(model)
             save_model(model, folder / "faulty")
-    graph = traced(model_type, layers)
+    graph = TRACED(_config(model_type, layers), vocabulary_tile=TILE)
     entries = {}
     for role in (POLICY, REFERENCE) if reference else (POLICY,):
         exact = bind_folder(folder / (role if fault is None else "faulty"), graph)

@@ -44,10 +44,10 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2", "gemma2", "mixtral", "phi3", "opt"])
 def test_states_of_exact_graphs_are_pytorchs(tmp_path: Path, model_type: str) -> None:
-    bundle = make_bundle(tmp_path, model_type=model_type, layers=3)
+    bundle = make_bundle(tmp_path, model_type=model_type, layers=2)
     before = files(tmp_path)
     drifts = compare_hidden_states(bundle, POLICY, FEW)
-    assert [drift.layer for drift in drifts] == [EMBEDDING, 0, 1, 2]
+    assert [drift.layer for drift in drifts] == [EMBEDDING, 0, 1]
     assert {(drift.graph, drift.precision) for drift in drifts} == {("policy.onnx", "fp32")}
     assert all(drift.error < EXACT for drift in drifts)
     assert drifts[0].error < 1e-7, "an embedding is looked up"
