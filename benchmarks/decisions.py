@@ -97,7 +97,7 @@ def make_row(recipe: str, result: dict[str, Any]) -> list[str]:
     return [
         f"`{recipe}`",
         result["provenance"]["precision"],
-        " / ".join(f"{tokens[name]:.1g}" for name in ("mean_absolute", "p99_absolute", "largest")),
+        " / ".join(f"{abs(tokens[name]):.1g}" for name in ("mean_absolute", "p99_absolute", "largest")),
         f"{checks['token error']:.2g} / {checks['margin error']:.2g}",
         f"{len(decisions['flips'])} / {decisions['clear_flips']}",
         f"{decisions['accuracy']:.3f} ({decisions['original_accuracy']:.3f})",
