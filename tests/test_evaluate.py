@@ -654,7 +654,7 @@ def test_a_signal_finishes_the_batch_and_says_how_to_go_on(
     class Signalled(FakeEngine):
         def score(self, batch: Batch) -> TokenScores:
             if engines.calls == 2:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return super().score(batch)
 
     def open_one(bundle: Bundle, role: str) -> FakeEngine:

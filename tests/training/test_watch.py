@@ -1,7 +1,6 @@
 """The watch: which checkpoints it scores, in which order, how often; real refits are in test_watched_training.py."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -87,7 +86,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     def wait(self: Any) -> None:
         moment = next(here.moments, None)
         if moment is None:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         else:
             moment()
         self._check_stop()
