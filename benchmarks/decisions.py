@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bundles import DATA, WORK
+from readme import write_between
 
 from dpo_fast.demo_data import Row
 from dpo_fast.demo_training import DemoSettings, train_policy, train_reference
-from dpo_fast.errors import UsageError
 from dpo_fast.export.exporter import ExportOptions, export
-from dpo_fast.files import write_text
 from dpo_fast.preferences import load_preferences
 from dpo_fast.types import PreferenceRow
 from dpo_fast.verify import VerifyOptions, verify
@@ -113,15 +112,6 @@ def make_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_table(readme: Path, table: str) -> None:
-    """Put a table between the marks of a README."""
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, behind = rest.partition(END)
-    if not begin or not end:
-        raise UsageError(f"{readme}: has no {BEGIN} … {END}; put these two lines where the table is to be")
-    write_text(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{behind}")
-
-
 def main() -> None:
     """Train, export, verify, and print the table."""
     parser = argparse.ArgumentParser(description="Do engines in lower precisions still make the same decisions?")
@@ -146,7 +136,7 @@ def main() -> None:
     )
     print(f"{about}\n\n{table}")
     if given.write is not None:
-        write_table(given.write, table)
+        write_between(given.write, BEGIN, END, table)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.errors import UsageError
-from dpo_fast.files import write_text
+from readme import write_between
+
 from gpu.results import VERIFY
 
 BEGIN, END = "<!-- gpu results -->", "<!-- end of gpu results -->"
@@ -34,15 +34,7 @@ def write_tables(readme: Path, tables: str) -> None:
     Raises:
         UsageError: it has no marks, or cannot be read.
     """
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{readme}: cannot be read ({error}); name a README") from error
-    before, begin, rest = text.partition(BEGIN)
-    _, end, behind = rest.partition(END)
-    if not begin or not end:
-        raise UsageError(f"{readme}: has no {BEGIN} … {END}; put these two lines where the tables are to be")
-    write_text(readme, f"{before}{BEGIN}\n\n{tables}\n\n{END}{behind}")
+    write_between(readme, BEGIN, END, tables)
 
 
 def _verifies(result: Mapping[str, Any]) -> bool:

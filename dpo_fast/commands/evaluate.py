@@ -13,9 +13,13 @@ from dpo_fast.commands.options import (
     BatchSize,
     BootstrapSeed,
     BundleArgument,
+    DatasetOption,
     Earlier,
+    Limit,
+    MaxLength,
     Overwrite,
     ReportTo,
+    Split,
     Step,
     TrainRun,
     TrustRemoteCode,
@@ -31,12 +35,10 @@ if TYPE_CHECKING:
 
 def evaluate_command(
     bundle: BundleArgument,
-    dataset: Annotated[
-        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
-    ],
+    dataset: DatasetOption,
     output: Annotated[Path, typer.Option(help="The run to write.", show_default=False)],
-    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    split: Split = None,
+    limit: Limit = None,
     beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
     loss_type: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
@@ -60,9 +62,7 @@ def evaluate_command(
     group_by: Annotated[str | None, typer.Option(help="Column whose values get metrics of their own.")] = None,
     aggregate: AggregateChoice = "exact",
     batch_size: BatchSize = 8,
-    max_length: Annotated[
-        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
-    ] = None,
+    max_length: MaxLength = None,
     token_budget: Annotated[
         str | None,
         typer.Option(

@@ -6,22 +6,30 @@ from typing import Annotated
 
 import typer
 
-from dpo_fast.commands.options import AsJson, BundleArgument, Overwrite, ReportTo, Step, TrustRemoteCode
+from dpo_fast.commands.options import (
+    AsJson,
+    BundleArgument,
+    DatasetOption,
+    Limit,
+    Overwrite,
+    ReportTo,
+    Split,
+    Step,
+    TrustRemoteCode,
+)
 from dpo_fast.commands.output import console, print_json, say
 from dpo_fast.types import OnError
 
 
 def generate_command(
     bundle: BundleArgument,
-    dataset: Annotated[
-        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
-    ],
+    dataset: DatasetOption,
     num_samples: Annotated[int, typer.Option(help="Prompts that are answered; --seed chooses them.")] = 8,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write samples.jsonl and samples.json to.", show_default=False)
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    split: Split = None,
+    limit: Limit = None,
     max_length: Annotated[
         int | None,
         typer.Option(help="Truncation of prompt and completion as evaluated, in tokens; the bundle's by default."),

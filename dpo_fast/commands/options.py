@@ -10,6 +10,14 @@ from dpo_fast.types import Aggregate
 LayoutChoice = Literal["auto", "shared", "plain"]
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder that `dpo-fast export` wrote.", show_default=False)]
+DatasetOption = Annotated[
+    str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
+]
+Split = Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 TrustRemoteCode = Annotated[

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from dpo_fast.commands.options import AsJson, BootstrapSeed, BundleArgument, Overwrite, TrustRemoteCode
+from dpo_fast.commands.options import (
+    AsJson,
+    BootstrapSeed,
+    BundleArgument,
+    DatasetOption,
+    Limit,
+    MaxLength,
+    Overwrite,
+    Split,
+    TrustRemoteCode,
+)
 from dpo_fast.commands.output import console, print_json, say
 from dpo_fast.errors import UsageError, VerificationError
 from dpo_fast.types import OnError, ReferenceFree
@@ -14,9 +24,7 @@ from dpo_fast.types import OnError, ReferenceFree
 
 def verify_command(
     bundle: BundleArgument,
-    dataset: Annotated[
-        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
-    ],
+    dataset: DatasetOption,
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     engine: Annotated[
         Literal["recipe", "onnxruntime", "openvino"],
@@ -37,14 +45,12 @@ def verify_command(
         str | None,
         typer.Option(help="What the engine claims to compute in.  [default: the recipe's]", show_default=False),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    split: Split = None,
+    limit: Limit = None,
     group_by: Annotated[str | None, typer.Option(help="Column whose values get numbers of their own.")] = None,
     beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
     reference_free: Annotated[ReferenceFree | None, typer.Option(help="Score by the policy's log-probs alone.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
-    ] = None,
+    max_length: MaxLength = None,
     floor: Annotated[
         Literal["float32", "checkpoint"] | None,
         typer.Option(help="What is meant by noise.  [default: by the precision]", show_default=False),

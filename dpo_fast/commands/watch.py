@@ -10,9 +10,13 @@ from dpo_fast.commands.options import (
     AsJson,
     BatchSize,
     BundleArgument,
+    DatasetOption,
+    Limit,
+    MaxLength,
     NoSelfCheck,
     Overwrite,
     ReportTo,
+    Split,
     TrustRemoteCode,
 )
 from dpo_fast.commands.output import console, print_json, say
@@ -24,9 +28,7 @@ def watch_command(
     checkpoints: Annotated[
         Path, typer.Option(help="The trainer's output_dir, where checkpoint-STEP appear.", show_default=False)
     ],
-    dataset: Annotated[
-        str, typer.Option(help="JSONL, JSON, Parquet or CSV file, a folder, or a Hub id.", show_default=False)
-    ],
+    dataset: DatasetOption,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -45,17 +47,15 @@ def watch_command(
         ),
     ] = None,
     report_to: ReportTo = None,
-    split: Annotated[str | None, typer.Option(help="Split of the data set; test if there is one.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    split: Split = None,
+    limit: Limit = None,
     beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
     loss_type: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
     ] = None,
     aggregate: AggregateChoice = "exact",
     batch_size: BatchSize = 8,
-    max_length: Annotated[
-        int | None, typer.Option(help="Truncation of prompt and completion, in tokens; the bundle's by default.")
-    ] = None,
+    max_length: MaxLength = None,
     threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.")] = 0,
     on_error: Annotated[
         OnError, typer.Option(help="What a row that cannot be used does: stop the watch, or be skipped.")
