@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_fast.engines.onnxruntime import CPU
 from dpo_fast.engines.onnxruntime_gpu import CUDA, TENSORRT
+from dpo_fast.engines.openvino import open_core
 from dpo_fast.errors import UsageError
 from dpo_fast.provenance import hardware
 from dpo_fast.recipes import Recipe, load_recipe, recipe_folder
@@ -376,6 +377,4 @@ def _torch_has_cuda() -> bool:
 
 
 def _openvino_has_bfloat16() -> bool:
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

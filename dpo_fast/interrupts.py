@@ -16,30 +16,45 @@ class Stop:
         self.signal: signal.Signals | None = None
 
 
+_outermost: Stop | None = None  # of the main thread, while it is inside of `stop_on_signals`
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Note the first Ctrl-C or SIGTERM instead of breaking off; the second one breaks off at once.
+
+    A call inside of another shares what the outer one notes: a signal that comes when the inner one has looked for the
+    last time is not lost, and the second one breaks off both.
 
     In a thread other than the main one signals cannot be handled, and stay what they are.
 
     Yields:
         What has been noted so far.
     """
-    stop = Stop()
+    global _outermost
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield Stop()
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if _outermost is not None:
+        yield _outermost
+        return
+    stop = Stop()
+    # A handler that was not installed from Python, and of which Python cannot tell, is None; it cannot be put back.
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.signal = signal.Signals(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
 
-    for number in SIGNALS:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    _outermost = stop
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield stop
+    finally:
+        _outermost = None
+        restore()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_engines import ROWS, FakeEngine, FakeEngines, expected, make_fake_bundle, write_rows
+from signals import send
 
 import dpo_fast.evaluate
 import dpo_fast.memory
@@ -654,7 +655,7 @@ def test_a_signal_finishes_the_batch_and_says_how_to_go_on(
     class Signalled(FakeEngine):
         def score(self, batch: Batch) -> TokenScores:
             if engines.calls == 2:
-                signal.raise_signal(number)
+                send(number)
             return super().score(batch)
 
     def open_one(bundle: Bundle, role: str) -> FakeEngine:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
     import openvino
 
 TARGETS = ("target_index", "target_ids")  # the inputs that say which states get logits, and of which tokens
+
+
+@cache
+def open_core() -> "openvino.Core":
+    """OpenVINO's core, one for the whole process.
+
+    Each core's CPU plugin gives the thread that loads it another stack to handle signals on, and remembers the one
+    before. Of two plugins, the one that is unloaded last puts back the other's, which is freed by then: the next
+    Ctrl-C ends the process with SIGSEGV. One that stays loaded has no such end.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoEngine:
@@ -49,7 +66,7 @@ class OpenVinoEngine:
             import openvino
         except ImportError as error:
             raise MissingDependencyError("openvino", "openvino", "running a graph on OpenVINO") from error
-        core = openvino.Core()
+        core = open_core()
         in_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not in_bfloat16:
             raise UsageError(

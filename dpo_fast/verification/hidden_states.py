@@ -27,6 +27,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dpo_fast.batches import Batch, arrange, make_batches
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.onnxruntime import CPU, gated_inputs, open_session, session_options
+from dpo_fast.engines.openvino import open_core
 from dpo_fast.engines.torch import load_model
 from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError, one_line
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
@@ -348,10 +349,9 @@ def _onnxruntime(exposed: Path, graph: Path, precision: str, gates: Sequence[flo
 def _openvino(exposed: Path, graph: Path, engine: str, precision: str, gates: Sequence[float] | None) -> Run:
     """Run a graph on OpenVINO: as its engine does, or as the graph is typed, where that is another's."""
     try:
-        import openvino
+        core = open_core()
     except ImportError as error:
         raise MissingDependencyError("openvino", "openvino", f"comparing hidden states in {precision}") from error
-    core = openvino.Core()
     in_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if engine == "openvino" and precision == "bf16" and not in_bfloat16:
         raise UsageError(f"{graph}: is to run in bf16, and OpenVINO finds no bfloat16 arithmetic in this processor")

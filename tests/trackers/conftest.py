@@ -1,5 +1,6 @@
 """A finished run to report, and trackers whose settings keep them offline and inside the test's folder."""
 
+import atexit
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from dpo_fast.evaluate import EvaluateOptions, evaluate
 from dpo_fast.generation.files import Sample, write_samples
 
 # Trackio reads it once, when it is imported.
-TRACKIO_DIR = os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio")
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 STEP = 200
 HOSTILE = '<script>alert(1)</script> | ![x](http://example.com/x.png) \x1b[31m"quoted", 你好\nsecond line'
 SAMPLES = [
@@ -33,14 +35,21 @@ OFFLINE = {
 }
 
 
+@pytest.fixture(scope="session")
+def settings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests of a process, for some clients read their variables only once.
+
+    A process that takes tests over from another one may leave this package, and come back to it.
+    """
+    return tmp_path_factory.mktemp("trackers")
+
+
 @pytest.fixture(scope="package", autouse=True)
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that the trackers' variables name; one for all tests, for some clients read them only once."""
-    folder = tmp_path_factory.mktemp("trackers")
+def settings(settings_folder: Path) -> Iterator[Path]:
+    """The folder that the trackers' variables name."""
     with pytest.MonkeyPatch.context() as patch:
-        set_variables(folder, patch)
-        yield folder
-    shutil.rmtree(TRACKIO_DIR)
+        set_variables(settings_folder, patch)
+        yield settings_folder
 
 
 def set_variables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +62,7 @@ def set_variables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     for name, part in folders.items():
-        (folder / part).mkdir(parents=True)
+        (folder / part).mkdir(exist_ok=True)
         monkeypatch.setenv(name, str(folder / part))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
 

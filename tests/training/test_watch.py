@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_engines import ROWS, FakeEngine, make_fake_bundle, write_rows
+from signals import send
 
 import dpo_fast.cli
 import dpo_fast.evaluate
@@ -86,7 +87,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     def wait(self: Any) -> None:
         moment = next(here.moments, None)
         if moment is None:
-            signal.raise_signal(signal.SIGINT)
+            send(signal.SIGINT)
         else:
             moment()
         self._check_stop()

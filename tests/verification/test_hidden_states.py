@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import openvino
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_fast.bundle import POLICY, REFERENCE, open_bundle
+from dpo_fast.engines.openvino import open_core
 from dpo_fast.errors import EngineOutputError, UsageError
 from dpo_fast.export.exporter import ExportOptions, export
 from dpo_fast.recipes import Recipe
@@ -131,7 +131,7 @@ def test_each_precision_is_run_and_named(tmp_path: Path) -> None:
 
 def test_openvino_rounds_the_exact_graph(tmp_path: Path) -> None:
     bundle = with_recipe(make_bundle(tmp_path), Recipe("openvino-bf16", "", "openvino", "bf16", 128, 256))
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(UsageError, match="finds no bfloat16 arithmetic"):
             compare_hidden_states(bundle, POLICY, FEW)
         return
