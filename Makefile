@@ -29,7 +29,7 @@ benchmark-gpu: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,peft,trl,modelopt,sign,report,trackers,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,peft,trl,modelopt,sign,report,trackers,ray,s3,dev]'
 	touch $(INSTALLED)
 
 build/tensorrt-11.4: | $(INSTALLED)

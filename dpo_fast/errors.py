@@ -19,7 +19,8 @@
     └── CheckFailedError              exit code 3: a check did not pass
         ├── SelfCheckError            an exported graph differs from its PyTorch model
         ├── VerificationError         an engine does not make the original's decisions, or nobody can tell
-        └── EngineOutputError         an engine returned NaN, or too few values
+        ├── EngineOutputError         an engine returned NaN, or too few values
+        └── PartsFailedError          a cluster's workers failed at some parts each time; all others are done
 
 A message names the value, the place (file, row, tensor) and the way out, in one line.
 """
@@ -128,3 +129,7 @@ class VerificationError(CheckFailedError):
 
 class EngineOutputError(CheckFailedError):
     """An engine returned NaN, infinities where none can be, or another number of values than was asked for."""
+
+
+class PartsFailedError(CheckFailedError):
+    """Some parts of a run failed as often as they were tried; the message names them and their rows."""

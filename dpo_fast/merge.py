@@ -8,7 +8,7 @@ from typing import Any
 from dpo_fast.errors import StorageError, UsageError
 from dpo_fast.evaluate import EvaluateOptions, metrics_of
 from dpo_fast.files import new_folder
-from dpo_fast.run_folder import METRICS, SCORES, SKIPPED, read_metrics, read_settings, write_results
+from dpo_fast.run_folder import METRICS, SCORES, SKIPPED, open_scores, read_metrics, read_settings, write_results
 from dpo_fast.store import PAIRS, ScoreStore
 from dpo_fast.types import SkippedRow
 
@@ -38,16 +38,17 @@ def merge(runs: Sequence[Path], output: Path, *, overwrite: bool = False) -> dic
         store = ScoreStore(folder / SCORES)
         fingerprints: dict[str, Any] | None = None
         for run in by_number:
-            source = ScoreStore(run / SCORES)
+            source = open_scores(run)
             for part in source.parts():
                 record = source.record(part)
                 if record is None:
-                    raise StorageError(f"{source.path(part)}: is damaged; evaluate that shard again: it goes on")
+                    raise StorageError(f"{source.place(part)}: is damaged; evaluate that shard again: it goes on")
                 models = {name: value for name, value in record.fingerprints.items() if name != PAIRS}
                 fingerprints = fingerprints or models
                 if models != fingerprints:
-                    raise UsageError(f"{source.path(part)}: was scored by other models or engines than the first part")
+                    raise UsageError(f"{source.place(part)}: was scored by other models or engines than the first part")
                 store.adopt(part, source)
+        store.finish()
         merged = [shards[run] for run in by_number]
         parts = store.parts()
         rows, size = merged[0]["provenance"]["dataset"]["rows"], merged[0]["provenance"]["part_size"]

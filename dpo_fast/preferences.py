@@ -3,6 +3,10 @@
 Files are read with the `datasets` library, as TRL's users do, so that what Arrow does to a row (a message key that
 only some rows have is None in the others; a CSV field that reads NA or None is missing) is done here too.
 
+Parquet (a file, a folder, a Hub repository, a URL that fsspec knows) is read where it lies, row group by row group, and
+may be larger than memory and disk; see `dpo_fast.row_groups`. Everything else the library first converts into its cache
+on each machine (HF_DATASETS_CACHE), as it does in training.
+
 Where a row has no `prompt`, the prompt is what `chosen` and `rejected` begin with (trl/data_utils.py 1.16,
 `extract_prompt`). Kept, because the numbers depend on it:
 
@@ -27,11 +31,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_fast.errors import DatasetError, RowError, StorageError, UsageError
+from dpo_fast.errors import DatasetError, InputError, RowError, StorageError, UsageError
 from dpo_fast.files import sha256
+from dpo_fast.parquet_files import SUFFIX, URL, ParquetFiles, ParquetSplit, at_url, of_builder
+from dpo_fast.row_groups import RowGroupIndex, RowGroups, read_index
 from dpo_fast.types import Message, OnError, PreferenceRow, SkippedRow, Text
 
 if TYPE_CHECKING:
@@ -59,29 +66,41 @@ _INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking")
 # What a data set gives in the place of each of its rows.
 Item = PreferenceRow | SkippedRow
 ROWS_DECODED = 256  # at a time
+FOLDER_HINT = f"it needs data files ({', '.join(LOADERS)}) or what datasets.save_to_disk writes"
+URL_HINT = (
+    "there are no Parquet files, which is all that is read from a URL, or they may not be read: check the address and "
+    "the credentials"
+)
+HUB_HINT = (
+    "there is no file or folder {!r} here, and the Hub did not give it: check the name and the network, log in with "
+    "`hf auth login` if it is private, or give a local file or folder (`hf download --repo-type dataset`)"
+)
 
 _printable = reprlib.Repr()
 _printable.maxstring = _printable.maxother = 200
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PreferenceSet:
     """A preference data set, on disk until its rows are asked for.
 
     Attributes:
-        name: what it was loaded from: the file, the folder or the Hub id.
+        name: what it was loaded from: the file, the folder, the URL or the Hub id.
         split: the split that was taken, or None where the data set has no splits.
-        dataset: the `datasets.Dataset`, memory-mapped.
-        fingerprint: names the data: SHA-256 of the file's bytes, or of all files of a folder; for the Hub, the
-            library's own fingerprint, which covers repository, revision and split. `limit` is no part of it.
+        dataset: the row groups of Parquet files; of everything else the `datasets.Dataset`, memory-mapped.
+        fingerprint: names the data: SHA-256 of the file's bytes, or of all files of a folder; of a URL, that of the
+            files' names, sizes and checksums; for the Hub, of the commit and the names of the split's files, or, where
+            these are not Parquet, the library's own. `limit` is no part of it.
         group_by: the column whose value becomes `PreferenceRow.group`, or None.
+        rows_in_all: without the limit; None where no more files were looked at than the limit asks for.
     """
 
     name: str
     split: str | None
-    dataset: "Dataset"
+    dataset: "Dataset | RowGroups"
     fingerprint: str
     group_by: str | None = None
+    rows_in_all: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -104,7 +123,7 @@ class PreferenceSet:
             RowError: a row that cannot be used, with `on_error="stop"`.
             DatasetError: the file holds what is no text.
         """
-        kind = self._kind() if start else None
+        kind = self._kind if start else None
         for number, record in self._records(start, len(self) if stop is None else min(stop, len(self))):
             try:
                 row = _parse(record, number, self.group_by)
@@ -120,6 +139,7 @@ class PreferenceSet:
                 kind = type(row.chosen)
                 yield row
 
+    @cached_property
     def _kind(self) -> type | None:
         """What the first usable row holds: str or list."""
         usable = (row for row in self.rows(on_error="skip") if isinstance(row, PreferenceRow))
@@ -128,7 +148,17 @@ class PreferenceSet:
 
     def _records(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows as dictionaries, with their numbers, decoded some at a time."""
-        columns = _used_columns(_mapped_anew(self.dataset), self.group_by).with_format(None)
+        if isinstance(self.dataset, RowGroups):
+            batches = self.dataset.batches(start, stop)
+        else:
+            batches = self._batches(self.dataset, start, stop)
+        for first, values in batches:
+            for offset in range(min(map(len, values.values()))):
+                yield first + offset + 1, {name: column[offset] for name, column in values.items()}
+
+    def _batches(self, dataset: "Dataset", start: int, stop: int) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+        """The columns of some rows at a time, and the number of the first of them, counted from 0."""
+        columns = _used_columns(_mapped_anew(dataset), self.group_by).with_format(None)
         for first in range(start, stop, ROWS_DECODED):
             end = min(first + ROWS_DECODED, stop)
             try:
@@ -139,8 +169,7 @@ class PreferenceSet:
             except ValueError as error:
                 path = Path(self.name)
                 raise _unreadable(self.name, error, _fault_in(path) if path.is_file() else None) from error
-            for number in range(first, end):
-                yield number + 1, {name: column[number - first] for name, column in values.items()}
+            yield first, values
 
 
 def fingerprint_of(dataset: str) -> str | None:
@@ -176,7 +205,8 @@ def load_preferences(
 
     Args:
         dataset: a file (`LOADERS` has the suffixes), a folder that `datasets.save_to_disk` wrote, a folder of data
-            files, or a Hub id (`owner/name`). What exists on this machine goes before the Hub.
+            files, a Hub id (`owner/name`), or the URL of a Parquet file or of a folder or pattern of such
+            (`s3://bucket/prefs`). What exists on this machine goes before the Hub.
         split: the split to take; without it "test" if there is one, else the only one. A file has no splits.
         limit: take the first `limit` rows only.
         group_by: a column by which results are to be grouped.
@@ -188,6 +218,7 @@ def load_preferences(
     Raises:
         DatasetError: no such file, a file that cannot be read, no such split, no preferences in it, or no rows.
         UsageError: no `dataset`, `limit` below 1, `split` for a file, `group_by` a column that is not there.
+        MissingDependencyError: the URL's file system is not installed.
         StorageError: the library's cache cannot be written.
     """
     if limit is not None and limit < 1:
@@ -196,24 +227,97 @@ def load_preferences(
         raise UsageError("--dataset is empty: give a file, a folder or a data set on the Hub (owner/name)")
     path = Path(dataset)
     fingerprint = fingerprint or fingerprint_of(dataset)
+    if (files := find_parquet(dataset, split)) is not None:
+        return open_parquet(dataset, files, limit=limit, group_by=group_by, fingerprint=fingerprint)
+    loaded: Dataset
     if path.is_file():
-        if split is not None:
-            raise UsageError(f"--split {split!r}: {dataset!r} is one file and has no splits; leave --split out")
+        _refuse_split(dataset, split)
         loaded = _load_file(path, str(fingerprint))
     elif path.is_dir():
-        loaded, split = _choose_split(_load_folder(path), dataset, split)
-    elif _HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(tuple(LOADERS)):
-        loaded, split = _choose_split(_load_hub(dataset), dataset, split)
+        loaded, split = _one_split(_load_folder(path), dataset, split)
+    elif _is_hub_id(dataset):
+        loaded, split = _one_split(_load_hub(dataset), dataset, split)
         fingerprint = loaded._fingerprint
     else:
         raise DatasetError(f"{dataset!r}: no such file or folder; a data set on the Hub is written owner/name")
 
-    _check_columns(dataset, loaded, group_by)
-    if len(loaded) == 0:
+    _check_columns(dataset, loaded.column_names, group_by)
+    rows = len(loaded)
+    if rows == 0:
         raise DatasetError(f"{dataset!r} has no rows" + (f" in its split {split!r}" if split else ""))
     if limit is not None:
-        loaded = loaded.take(min(limit, len(loaded)))
-    return PreferenceSet(dataset, split, loaded, str(fingerprint), group_by)
+        loaded = loaded.take(min(limit, rows))
+    return PreferenceSet(dataset, split, loaded, str(fingerprint), group_by, rows)
+
+
+def find_parquet(dataset: str, split: str | None) -> ParquetSplit | None:
+    """Where the Parquet files of a set are; None for a set of another format.
+
+    Raises:
+        DatasetError: the folder, the Hub or the URL cannot be read, or there is no such split.
+        UsageError, MissingDependencyError: the URL, or a split of it, cannot be used.
+    """
+    files = _find_parquet(dataset)
+    if files is None:
+        return None
+    if None in files.splits:
+        _refuse_split(dataset, split)
+        chosen = None
+    else:
+        chosen = _choose_split([str(name) for name in files.splits], dataset, split)
+    if files.rows is not None and set(files.rows) != set(files.splits):
+        raise DatasetError(
+            f"{dataset!r}: its card says that the splits are {shown(list(files.rows))}, its files are "
+            f"{shown(list(files.splits))}; the datasets library refuses it: mend the card, or get the files again"
+        )
+    with _reading(dataset, URL_HINT):
+        return files.take(chosen)
+
+
+def _find_parquet(dataset: str) -> ParquetFiles | None:
+    """The files of all splits."""
+    path = Path(dataset)
+    if URL.fullmatch(dataset):
+        with _quiet(), _reading(dataset, URL_HINT):
+            return at_url(dataset)
+    if path.is_file():
+        return ParquetFiles({None: (str(path),)}) if path.name.lower().endswith(SUFFIX) else None
+    on_hub = not path.is_dir()
+    if on_hub and not _is_hub_id(dataset):
+        return None
+    if not on_hub and (_is_saved(path) or path.name.lower().endswith(tuple(LOADERS))):
+        return None
+
+    from datasets import load_dataset_builder
+
+    with _quiet(), _reading(dataset, HUB_HINT.format(dataset) if on_hub else FOLDER_HINT):
+        return of_builder(load_dataset_builder(dataset if on_hub else str(path.absolute())))
+
+
+def open_parquet(
+    dataset: str, files: ParquetSplit, *, limit: int | None, group_by: str | None, fingerprint: str | None
+) -> PreferenceSet:
+    """Open a set whose Parquet files were found; arguments and errors as those of `load_preferences`."""
+    index = read_index(files.places, features=files.features, first=files.first, limit=limit)
+    _check_columns(dataset, list(index.features), group_by)
+    if index.rows == 0:
+        raise DatasetError(f"{dataset!r} has no rows" + (f" in its split {files.name!r}" if files.name else ""))
+    if index.is_whole and files.rows is not None and files.rows != index.rows:
+        raise DatasetError(
+            f"{dataset!r}: its card says that the split {files.name!r} has {files.rows} rows, its files have "
+            f"{index.rows}; the datasets library refuses it: mend the card, or get the files again"
+        )
+    fingerprint = str(fingerprint or files.fingerprint)
+    return of_row_groups(dataset, files.name, index, fingerprint, limit=limit, group_by=group_by)
+
+
+def of_row_groups(
+    dataset: str, split: str | None, index: RowGroupIndex, fingerprint: str, *, limit: int | None, group_by: str | None
+) -> PreferenceSet:
+    """The set whose rows an index locates; nothing is opened yet."""
+    columns = [name for name in index.features if name in (*_COLUMNS, group_by)]
+    rows = RowGroups(index, columns, limit)
+    return PreferenceSet(dataset, split, rows, fingerprint, group_by, index.rows if index.is_whole else None)
 
 
 def shown(value: object) -> str:
@@ -252,48 +356,55 @@ def _load_folder(path: Path) -> "Dataset | DatasetDict":
 
     from datasets import load_dataset, load_from_disk
 
-    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    try:
-        with _quiet():
-            return load_from_disk(str(path)) if saved else load_dataset(str(path.absolute()))
-    except Exception as error:
-        hint = f"it needs data files ({', '.join(LOADERS)}) or what datasets.save_to_disk writes"
-        raise _unreadable(str(path), error, hint) from error
+    with _quiet(), _reading(str(path), FOLDER_HINT):
+        return load_from_disk(str(path)) if _is_saved(path) else load_dataset(str(path.absolute()))
 
 
 def _load_hub(name: str) -> "DatasetDict":
     """Download a data set from the Hub, or take it from the library's cache when offline."""
     from datasets import load_dataset
 
-    try:
+    with _reading(name, HUB_HINT.format(name)):
         return load_dataset(name)
-    except Exception as error:
-        hint = (
-            f"there is no file or folder {name!r} here, and the Hub did not give it: check the name and the network, "
-            "log in with `hf auth login` if it is private, or give a local file"
-        )
-        raise _unreadable(name, error, hint) from error
 
 
-def _choose_split(loaded: "Dataset | DatasetDict", name: str, split: str | None) -> tuple["Dataset", str | None]:
-    """Take the split asked for; else "test", else the only one."""
+def _is_hub_id(dataset: str) -> bool:
+    return _HUB_ID.fullmatch(dataset) is not None and not dataset.lower().endswith(tuple(LOADERS))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `datasets.save_to_disk`."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _refuse_split(name: str, split: str | None) -> None:
+    if split is not None:
+        raise UsageError(f"--split {split!r}: {name!r} is one file and has no splits; leave --split out")
+
+
+def _one_split(loaded: "Dataset | DatasetDict", name: str, split: str | None) -> tuple["Dataset", str | None]:
+    """The split asked for, as `_choose_split` has it, and its name."""
     if not isinstance(loaded, dict):
         if split is not None:
             raise UsageError(f"--split {split!r}: {name!r} was saved without splits; leave --split out")
         return loaded, None
-    names = list(loaded)
+    split = _choose_split(list(loaded), name, split)
+    return loaded[split], split
+
+
+def _choose_split(names: list[str], name: str, split: str | None) -> str:
+    """Take the split asked for; else "test", else the only one."""
     if split is None:
         if "test" not in names and len(names) != 1:
             raise DatasetError(f"{name!r} has the splits {', '.join(map(repr, names))}: choose one with --split")
         split = "test" if "test" in names else names[0]
     if split not in names:
         raise DatasetError(f"{name!r} has no split {split!r}; it has {', '.join(map(repr, names))}")
-    return loaded[split], split
+    return split
 
 
-def _check_columns(name: str, loaded: "Dataset", group_by: str | None) -> None:
+def _check_columns(name: str, columns: list[str], group_by: str | None) -> None:
     """Refuse a data set that cannot be preferences, or cannot be grouped as asked."""
-    columns = loaded.column_names
     there = shown(", ".join(columns))
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
@@ -450,6 +561,22 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _reading(name: str, hint: str | None) -> Iterator[None]:
+    """Turn what libraries say of a set into our error.
+
+    Raises:
+        DatasetError: it cannot be read.
+        StorageError: the library's cache cannot be written.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error, hint) from error
 
 
 def _unreadable(name: str, error: Exception, hint: str | None) -> DatasetError | StorageError:

@@ -51,5 +51,11 @@ class Progress:
         self._pairs += pairs
         self._draw()
 
+    def set(self, pairs: float, tokens: int) -> None:
+        """How far several workers are together; what a worker loses as it dies is not taken back."""
+        self._tokens = 0
+        self._pairs = max(self._pairs, pairs)
+        self.add(0.0, tokens)
+
     def _draw(self) -> None:
         self._bar.update(round(self._pairs - 1e-6) - self._bar.n)

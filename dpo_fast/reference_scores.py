@@ -15,12 +15,12 @@ from dpo_fast.bundle import REFERENCE
 from dpo_fast.cache_folder import cache_errors, cache_folder
 from dpo_fast.errors import UsageError
 from dpo_fast.files import make_folder
+from dpo_fast.run_folder import open_scores
 from dpo_fast.scores import ScoredPairs
 from dpo_fast.store import (
     BRANCH_NAMES,
     PAIRS,
     Fingerprint,
-    ScoreStore,
     completion_scores,
     differences,
     parquet_bytes,
@@ -46,6 +46,38 @@ class KnownScores(Protocol):
         ...
 
 
+class KeptScores(Protocol):
+    """Where a reference's scores are kept for later."""
+
+    def keep(self, token_ids: str, model: Fingerprint, scored: ScoredPairs) -> None:
+        """Keep a part's scores.
+
+        Args:
+            token_ids: the hash of its pairs'.
+            model: what the scores depend on beside them.
+            scored: the scores.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        ...
+
+
+def scores_to_bytes(scored: ScoredPairs) -> memoryview:
+    """A reference's scores of some pairs, as a Parquet file's content."""
+    return parquet_bytes(score_columns(REFERENCE, scored), {})
+
+
+def scores_from_bytes(content: bytes) -> ScoredPairs:
+    """The reverse of `scores_to_bytes`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(content))
+    chosen, rejected = (completion_scores(table, f"{REFERENCE}_{branch}") for branch in BRANCH_NAMES)
+    return ScoredPairs(chosen, rejected, tokens=0, padding=0)
+
+
 class ReferenceCache:
     """The reference's scores in the local cache: a file a part, named by what the scores depend on and a CRC-32."""
 
@@ -63,9 +95,6 @@ class ReferenceCache:
 
     def find(self, part: int, token_ids: str, model: Fingerprint) -> ScoredPairs | None:
         """The scores that depend on just this; None if they are not there, or damaged."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         folder, name = self._place(token_ids, model)
         for path in folder.glob(f"{name}-*.parquet"):
             try:
@@ -74,9 +103,7 @@ class ReferenceCache:
                 continue
             if f"{name}-{zlib.crc32(content):08x}" != path.stem:
                 continue
-            table = pq.read_table(pa.BufferReader(content))
-            chosen, rejected = (completion_scores(table, f"{REFERENCE}_{branch}") for branch in BRANCH_NAMES)
-            return ScoredPairs(chosen, rejected, tokens=0, padding=0)
+            return scores_from_bytes(content)
         return None
 
     def keep(self, token_ids: str, model: Fingerprint, scored: ScoredPairs) -> None:
@@ -86,7 +113,7 @@ class ReferenceCache:
             StorageError: the cache's disk refused.
         """
         folder, name = self._place(token_ids, model)
-        content = parquet_bytes(score_columns(REFERENCE, scored), {})
+        content = scores_to_bytes(scored)
         target = folder / f"{name}-{zlib.crc32(content):08x}.parquet"
         temporary = folder / f".{target.name}.{uuid4().hex}"
         with cache_errors(target):
@@ -117,7 +144,7 @@ class ScoresOfRun:
             UsageError: it holds no parts.
         """
         self._run = run
-        self._store = ScoreStore(run / "scores")
+        self._store = open_scores(run)
         if not self._store.parts():
             raise UsageError(f"--reference-scores {run}: holds no scores; name a folder that `dpo-fast evaluate` wrote")
 

@@ -3,7 +3,6 @@
 parts -> sums -> branches -> every loss at every beta, with intervals from the same draws.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,7 @@ from dpo_fast.metrics.rewards import Branch, reduce_pairs
 from dpo_fast.metrics.summary import completion_lengths, count_truncated_and_tokens, group_members
 from dpo_fast.metrics.sums import concatenate, sum_tokens
 from dpo_fast.provenance import versions
-from dpo_fast.run_folder import METRICS, SCORES, read_metrics, read_settings
-from dpo_fast.store import ScoreStore
+from dpo_fast.run_folder import METRICS, open_scores, read_metrics, read_settings
 from dpo_fast.types import AGGREGATES, REFERENCE_FREE, LossSettings, PairSums
 
 READERS = 2  # parts that are read and summed at once
@@ -142,13 +140,14 @@ def open_run(run: Path) -> tuple[dict[str, Any], LossSettings]:
     name_one = "name the folder that `dpo-fast evaluate` wrote"
     if not run.is_dir():
         raise UsageError(f"{run}: no such run; {name_one}")
-    has_parts = any((run / SCORES).glob("part-*.parquet"))
+    store = open_scores(run)
+    has_parts = bool(store.parts())
     if not (run / METRICS).is_file():
         if not has_parts:
             raise UsageError(f"{run}: is no run, for it holds no {METRICS}; {name_one}")
         raise UsageError(f"{run}: is not finished; the same `dpo-fast evaluate` again, without --overwrite, goes on")
     if not has_parts:
-        raise UsageError(f"{run}: holds no scores, {SCORES}{os.sep}part-*.parquet; evaluate again")
+        raise UsageError(f"{run}: holds no scores, {store.storage.place('part-*.parquet')}; evaluate again")
     metrics = read_metrics(run)
     try:
         int(metrics["counts"]["pairs"])
@@ -166,7 +165,7 @@ def loss_name(settings: LossSettings) -> str:
 
 def _read_sums(run: Path, settings: LossSettings) -> PairSums:
     """The sums of all parts; a part's tokens are kept no longer than it takes to add them up."""
-    store = ScoreStore(run / SCORES)
+    store = open_scores(run)
 
     def read(part: int) -> PairSums:
         sums = sum_tokens(store.read_part(part))

@@ -5,23 +5,93 @@
     RUN/metrics.json       the numbers; there only when the run is finished
         skipped.jsonl      rows that could not be used
         scores/            the parts (see `dpo_fast.store`)
+        scores.url         in its place, where the parts lie elsewhere (`--scores URL`): one line, without secrets
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.errors import OutputExistsError, StorageError
-from dpo_fast.files import storage_errors, write_json, write_text
-from dpo_fast.store import CHECKSUMS, ScoreStore
+from dpo_fast.errors import MissingDependencyError, OutputExistsError, StorageError, UsageError
+from dpo_fast.files import make_folder, storage_errors, write_json, write_text
+from dpo_fast.storage import LocalFolder, Storage, open_storage
+from dpo_fast.store import ScoreStore, part_name
 from dpo_fast.types import LossSettings, SkippedRow
 
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
 SCORES = "scores"
+SCORES_URL = "scores.url"
+
+
+def open_scores(run: Path) -> ScoreStore:
+    """A run's parts, wherever they lie.
+
+    Raises:
+        StorageError: the run's scores.url is damaged.
+        MissingDependencyError: an extra is not installed.
+    """
+    return ScoreStore(_elsewhere(run) or LocalFolder(run / SCORES))
+
+
+def make_scores(run: Path, url: str | None) -> ScoreStore:
+    """The parts of a run that begins or goes on; a place that refuses is found now.
+
+    Args:
+        run: its folder, which only this process writes (see `locked`).
+        url: where the parts shall lie: a URL, or a folder that all who write can reach; None takes what the run began
+            with, or its own folder.
+
+    Raises:
+        OutputExistsError: the run was begun with another place.
+        StorageError: the place, or the run's folder, refused.
+        UsageError: the URL cannot be used.
+        MissingDependencyError: an extra is not installed.
+    """
+    own = LocalFolder(run / SCORES)
+    elsewhere = _elsewhere(run)
+    begun = elsewhere or (own if ScoreStore(own).parts() else None)
+    wanted = begun or own
+    if url is not None:
+        wanted = open_storage(url)
+        if isinstance(wanted, LocalFolder):
+            # Not resolve(), which would give the name of what a link leads to on this machine.
+            folder = Path(os.path.abspath(wanted.folder))  # noqa: PTH100
+            wanted = own if folder == Path(os.path.abspath(own.folder)) else LocalFolder(folder)  # noqa: PTH100
+    if begun is not None and begun.name != wanted.name:
+        raise OutputExistsError(
+            f"{run}: was begun with its parts in {begun.name}, and --scores is {wanted.name}; leave --scores out to go "
+            "on with it, or name another --output"
+        )
+    wanted.make()
+    if wanted is not own and elsewhere is None:
+        make_folder(run)
+        write_text(run / SCORES_URL, f"{wanted.name}\n")
+    return ScoreStore(wanted)
+
+
+def _elsewhere(run: Path) -> Storage | None:
+    """Where a run's parts lie, if not in its folder.
+
+    Raises:
+        StorageError: its scores.url is damaged.
+        MissingDependencyError: an extra is not installed.
+    """
+    path = run / SCORES_URL
+    try:
+        url = path.read_text(encoding="utf-8").strip()
+        return open_storage(url) if url else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except MissingDependencyError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); mend that, or name another folder") from error
+    except (UnicodeDecodeError, UsageError) as error:
+        raise StorageError(f"{path}: is damaged ({error}); write the parts' place into it, in one line") from error
 
 
 def check_output(output: Path, wanted: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -42,8 +112,9 @@ def check_output(output: Path, wanted: Mapping[str, Any], *, overwrite: bool) ->
         except FileNotFoundError:
             return
         is_empty = output.is_dir() and not any(output.iterdir())
-        has_parts = output.is_dir() and any((output / SCORES).glob("part-*.parquet"))
-        is_unfinished = (output / SCORES).is_dir() and not (output / METRICS).exists()
+        has_parts = (output / SCORES_URL).is_file() or any((output / SCORES).glob("part-*.parquet"))
+        is_run = (output / SCORES_URL).is_file() or (output / SCORES).is_dir()
+        is_unfinished = is_run and not (output / METRICS).exists()
     if not (is_empty or is_unfinished or has_parts):
         raise OutputExistsError(f"{output}: exists and is no run of `dpo-fast evaluate`; name another folder")
     if is_empty or is_unfinished or overwrite:
@@ -125,25 +196,34 @@ def remove_run(output: Path, store: ScoreStore) -> None:
         store.clear()
 
 
-def remove_remains(output: Path) -> None:
+def remove_remains(output: Path, store: ScoreStore) -> None:
     """Remove what a killed process left half written.
 
     Raises:
         StorageError: the disk refused.
     """
-    names = (f".{METRICS}.*", f".{SKIPPED}.*", f"{SCORES}/.part-*.parquet.*", f"{SCORES}/.{CHECKSUMS}.*")
+    names = (f".{METRICS}.*", f".{SKIPPED}.*", f".{SCORES_URL}.*")
     with storage_errors(output):
         for path in [path for name in names for path in output.glob(name)]:
             path.unlink(missing_ok=True)
+    store.remove_remains()
 
 
-def remove_if_empty(*folders: Path) -> None:
-    """Leave nothing behind of a run that failed before its first part; a part that was written stays for later."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
+@contextmanager
+def removed_if_empty(output: Path) -> Iterator[None]:
+    """Leave nothing behind of a run that fails before its first part; a part that was written stays for later."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, StorageError, MissingDependencyError):  # what failed first is what is told
+            store = open_scores(output)
+            if not store.parts() and not (output / METRICS).exists():
+                store.clear()
+                (output / SCORES_URL).unlink(missing_ok=True)
+                if (output / SCORES).is_dir():
+                    (output / SCORES).rmdir()
+                output.rmdir()
+        raise
 
 
 def check_parts(store: ScoreStore, wanted: Iterable[int]) -> None:
@@ -155,7 +235,7 @@ def check_parts(store: ScoreStore, wanted: Iterable[int]) -> None:
     others = set(store.parts()) - set(wanted)
     if others:
         raise OutputExistsError(
-            f"{store.folder.parent}: holds an unfinished run of other rows ({store.path(min(others)).name} is none of "
+            f"{store.name}: holds an unfinished run of other rows ({part_name(min(others))} is none of "
             "this run's parts); name another folder, or say --overwrite"
         )
 

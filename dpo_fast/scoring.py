@@ -10,8 +10,9 @@ the disk already, and laid into batches; and the tokenizer is as far ahead as it
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any, Protocol
 
 from dpo_fast.ahead import one_ahead
 from dpo_fast.batches import Arrangement, Batch, Layout, arrange, longest_row, make_batches
@@ -19,11 +20,10 @@ from dpo_fast.bundle import REFERENCE, Bundle
 from dpo_fast.engines.base import Engine, PipelinedEngine
 from dpo_fast.errors import InterruptedRunError
 from dpo_fast.interrupts import Stop
-from dpo_fast.progress import Progress
-from dpo_fast.reference_scores import KnownScores, ReferenceCache
+from dpo_fast.reference_scores import KeptScores, KnownScores
 from dpo_fast.scores import ScoredPairs, ScoreSheet
 from dpo_fast.store import PAIRS, Fingerprint, PartRecord, ScoreStore, row_hash, token_hash
-from dpo_fast.token_cache import TokenCache
+from dpo_fast.token_cache import DataSet, TokenCache
 from dpo_fast.token_table import TokenTable
 from dpo_fast.types import SkippedRow
 
@@ -54,6 +54,51 @@ class Account:
     computed_tokens: int = 0
     found_reference_scores: int = 0
 
+    def add(self, other: "Account") -> None:
+        """Take in what another call, in another process perhaps, has to say."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRun:
+    """What scoring a run's parts came to, whoever did it.
+
+    Attributes:
+        account: of all that was done.
+        data: the preference set.
+        rows: of it, that were taken.
+        engine, precision: that scored.
+        token_budget: of the batches, in tokens.
+        engines: whether policy and reference were in memory "together", "in-turn" or "apart".
+        load_seconds, tokenize_seconds, score_seconds: wall time, none counted twice.
+        cluster: what is worth keeping of the workers, as JSON has it; empty where there were none.
+    """
+
+    account: Account
+    data: DataSet
+    rows: int
+    engine: str
+    precision: str
+    token_budget: int
+    engines: str
+    load_seconds: float
+    tokenize_seconds: float
+    score_seconds: float
+    cluster: dict[str, Any] = field(default_factory=dict)
+
+
+class Counter(Protocol):
+    """Who is told how far the work has come; see `dpo_fast.progress.Progress`."""
+
+    def skip(self, pairs: float) -> None:
+        """Pairs that were scored before this run."""
+        ...
+
+    def add(self, pairs: float, tokens: int) -> None:
+        """What a batch has finished: pairs, and tokens without padding."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -76,11 +121,11 @@ class Work:
     tokens: TokenCache
     store: ScoreStore
     parts: Mapping[int, tuple[int, int]]
-    roles: Sequence[str]
+    roles: tuple[str, ...]
     token_budget: int
     max_length: int
     known: KnownScores
-    cache: ReferenceCache
+    cache: KeptScores
     engine_name: str
     precision: str
 
@@ -104,7 +149,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
+class ReadyPart:
     """A part whose turn may come.
 
     Attributes:
@@ -128,18 +173,54 @@ def score_parts(
     to_score: Sequence[str],
     engine_of: Callable[[str], Engine],
     stop: Stop,
-    progress: Progress,
+    progress: Counter,
     account: Account,
     *,
     share: float = 1.0,
 ) -> None:
-    """Score what is missing of a run's parts, and write them.
-
-    Where `to_score` is the reference alone, and the run wants the policy's scores too, no part is written: the
-    reference's scores are kept in the cache, for the next call to find.
+    """Score what is missing of a run's parts, and write them, in order.
 
     Args:
         work: what is to be scored.
+        to_score: roles whose engines may run; what comes of one of two is said in `score_part`.
+        engine_of: a role's engine; asked for only if there is something to score.
+        stop: looked at after each batch.
+        progress: told of each batch.
+        account: what the time went to; added to.
+        share: of the work that this call does, for the progress.
+
+    Raises:
+        As `prepare_part` and `score_part`.
+    """
+    readies = one_ahead(partial(prepare_part, work), work.parts)
+    while True:
+        started = time.perf_counter()
+        ready = next(readies, None)
+        account.waited_for_tokens += time.perf_counter() - started
+        if ready is None:
+            return
+        score_part(work, ready, to_score, engine_of, stop, progress, account, share=share)
+
+
+def score_part(
+    work: Work,
+    ready: ReadyPart,
+    to_score: Sequence[str],
+    engine_of: Callable[[str], Engine],
+    stop: Stop,
+    progress: Counter,
+    account: Account,
+    *,
+    share: float = 1.0,
+) -> None:
+    """Score what is missing of one part, and write it.
+
+    Where `to_score` is the reference alone, and the run wants the policy's scores too, no part is written: the
+    reference's scores are kept in `work.cache`, for the policy's turn to find.
+
+    Args:
+        work: what is to be scored.
+        ready: the part.
         to_score: roles whose engines may run.
         engine_of: a role's engine; asked for only if there is something to score.
         stop: looked at after each batch.
@@ -149,47 +230,45 @@ def score_parts(
 
     Raises:
         InterruptedRunError: `stop` said so.
-        OutputExistsError: a part is there that was computed from something else.
         EngineOutputError: an engine returned what cannot be right.
+        StorageError: the disk refused.
+        InputError: the making of some tokens ahead has failed.
+    """
+    whole = set(to_score) == set(work.roles)
+    _check(stop, work, ready.part)
+    record = ready.record
+    if record is None and (whole or not ready.scores.keys() >= set(to_score)):
+        scores = _score(work, ready, to_score, engine_of, stop, progress, account, share)
+        record = _record(work, ready)
+        if whole:
+            account.scored_pairs += len(ready.table)
+            account.found_reference_scores += len(ready.table) if REFERENCE in ready.scores else 0
+        else:  # which the policy's turn will find
+            account.found_reference_scores -= len(ready.table)
+        # The next part waits until this one is safe: whatever happens, one part's work is lost at most.
+        started = time.perf_counter()
+        if REFERENCE in scores and REFERENCE not in ready.scores:
+            token_ids = ready.fingerprints[PAIRS]["token ids"]
+            work.cache.keep(token_ids, ready.fingerprints[REFERENCE], scores[REFERENCE])
+        if whole:
+            work.store.write(ready.part, ready.table, scores, record)
+        account.waited_for_disk += time.perf_counter() - started
+    else:
+        progress.skip(share * (ready.rows[1] - ready.rows[0]))
+    if whole and record is not None:
+        account.skipped += ready.skipped
+        account.tokens += record.tokens
+        account.padding += record.padding
+
+
+def prepare_part(work: Work, part: int) -> ReadyPart:
+    """Read a part's tokens, see what is there of its scores, and lay out batches for the rest.
+
+    Raises:
+        OutputExistsError: the part is there, and was computed from something else.
         StorageError: the disk refused.
         InputError: as `TokenCache.read`.
     """
-    whole = set(to_score) == set(work.roles)
-    readies = one_ahead(partial(_prepare, work), work.parts)
-    while True:
-        started = time.perf_counter()
-        ready = next(readies, None)
-        account.waited_for_tokens += time.perf_counter() - started
-        if ready is None:
-            return
-        _check(stop, work, ready.part)
-        record = ready.record
-        if record is None and (whole or not ready.scores.keys() >= set(to_score)):
-            scores = _score(work, ready, to_score, engine_of, stop, progress, account, share)
-            record = _record(work, ready)
-            if whole:
-                account.scored_pairs += len(ready.table)
-                account.found_reference_scores += len(ready.table) if REFERENCE in ready.scores else 0
-            else:  # which the next call will find
-                account.found_reference_scores -= len(ready.table)
-            # The next part waits until this one is safe: whatever happens, one part's work is lost at most.
-            started = time.perf_counter()
-            if REFERENCE in scores and REFERENCE not in ready.scores:
-                token_ids = ready.fingerprints[PAIRS]["token ids"]
-                work.cache.keep(token_ids, ready.fingerprints[REFERENCE], scores[REFERENCE])
-            if whole:
-                work.store.write(ready.part, ready.table, scores, record)
-            account.waited_for_disk += time.perf_counter() - started
-        else:
-            progress.skip(share * (ready.rows[1] - ready.rows[0]))
-        if whole and record is not None:
-            account.skipped += ready.skipped
-            account.tokens += record.tokens
-            account.padding += record.padding
-
-
-def _prepare(work: Work, part: int) -> _Ready:
-    """Read a part's tokens, see what is there of its scores, and lay out batches for the rest."""
     rows = work.parts[part]
     table, skipped = work.tokens.read(*rows)
     fingerprints = work.fingerprints(table, rows)
@@ -208,16 +287,16 @@ def _prepare(work: Work, part: int) -> _Ready:
             # Rows of many pairs are no wider than rows of one may be: engines are built for widths.
             arrangement = arrange(table, layout, min(work.token_budget, longest_row(layout, work.max_length)))
             batches[layout] = arrangement, list(make_batches(arrangement, work.token_budget))
-    return _Ready(part, rows, table, skipped, fingerprints, record, scores, batches)
+    return ReadyPart(part, rows, table, skipped, fingerprints, record, scores, batches)
 
 
 def _score(
     work: Work,
-    ready: _Ready,
+    ready: ReadyPart,
     to_score: Sequence[str],
     engine_of: Callable[[str], Engine],
     stop: Stop,
-    progress: Progress,
+    progress: Counter,
     account: Account,
     share: float,
 ) -> dict[str, ScoredPairs]:
@@ -256,11 +335,11 @@ def _check(stop: Stop, work: Work, part: int) -> None:
         raise InterruptedRunError(
             stop.signal,
             f"{stop.signal.name}: stopped in part {part} of {max(work.parts) + 1}; what is finished is in "
-            f"{work.store.folder.parent}: run the same command again, without --overwrite, to go on",
+            f"{work.store.name}: run the same command again, without --overwrite, to go on",
         )
 
 
-def _record(work: Work, ready: _Ready) -> PartRecord:
+def _record(work: Work, ready: ReadyPart) -> PartRecord:
     """What a part says of itself."""
     batches = [batch for role in work.roles for batch in ready.batches[work.layout(role)][1]]
     tokens, padding = sum(batch.input_ids.size for batch in batches), sum(batch.padding for batch in batches)

@@ -1,18 +1,25 @@
 """Scores on disk, in parts of consecutive rows: what was computed once is not computed again.
 
-A part is one Parquet file, written to a temporary name, synced and renamed, so it is whole or not there. Its metadata
-holds what its numbers depend on, role by role: the token ids, the weights, the graph, the engine and the layout. A
-part is taken again only if all of that is the same, and if its SHA-256 is the one that was noted when it was written::
+A part is one Parquet file, which is whole or not there (see `dpo_fast.storage`). Its metadata holds what its numbers
+depend on, role by role: the token ids, the weights, the graph, the engine and the layout. A part is taken again only if
+all of that is the same, and if its SHA-256 was noted when it was written: beside it at first, so that any number of
+processes can write parts at once, and in one list when the run is finished::
 
     RUN/scores/part-00000.parquet
-               SHA256SUMS          `sha256sum --check SHA256SUMS` reads it too
+               part-00000.sha256   until the run is finished
+               SHA256SUMS          from then on; `sha256sum --check` reads both
+
+A finished run that goes on, for a part was damaged, has both: what was written again is noted beside it until the run
+is finished again. Either note makes a part sound, for both were made of bytes that were written whole.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +28,8 @@ import numpy as np
 from dpo_fast.ahead import one_ahead
 from dpo_fast.bundle import ROLES
 from dpo_fast.errors import OutputExistsError, StorageError
-from dpo_fast.files import copy_file, make_folder, sha256, storage_errors, write_text
 from dpo_fast.scores import ScoredPairs
+from dpo_fast.storage import LocalFolder, Storage, open_storage
 from dpo_fast.token_table import TokenTable
 from dpo_fast.types import CompletionScores, Int64Array, PairScores
 
@@ -32,6 +39,12 @@ if TYPE_CHECKING:
 PART_ROWS = 1024
 METADATA_KEY = b"dpo_fast"
 CHECKSUMS = "SHA256SUMS"
+READERS = 16  # of checksums at once, where each waits for a server
+READINGS = 5  # of a part that is not the same twice
+WAY_OUT = "evaluate again, and it is computed again"
+PART_NAME = re.compile(r"part-([0-9]+)\.parquet")
+NOTE_NAME = re.compile(r"part-[0-9]+\.sha256")
+CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (part-[0-9]+\.parquet)")  # as sha256sum prints it
 PAIRS = "pairs"  # beside the roles, among the fingerprints of a part
 BRANCH_NAMES = ("chosen", "rejected")
 SUMS = ("entropy", "mean_logit", "top1", "log_sum_sq_prob")
@@ -80,20 +93,68 @@ def row_hash(table: TokenTable, rows: tuple[int, int]) -> str:
     return digest.hexdigest()
 
 
+def part_name(part: int) -> str:
+    """A part's file, in whatever storage."""
+    return f"part-{part:05}.parquet"
+
+
+def note_name(part: int) -> str:
+    """The file beside a part, of its checksum alone."""
+    return f"part-{part:05}.sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A part's file as it was read.
+
+    Attributes:
+        checksum: its SHA-256.
+        sound: whether that was noted when the part was written.
+    """
+
+    content: bytes
+    checksum: str
+    sound: bool
+
+
 class ScoreStore:
-    """The parts of one run, in `RUN/scores`."""
+    """The parts of one run, in `RUN/scores` or elsewhere (see `dpo_fast.run_folder.open_scores`).
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._checksums = _read_checksums(folder / CHECKSUMS)
+    Any number of threads, processes and machines may write at once. It may be pickled.
+    """
 
-    def path(self, part: int) -> Path:
-        """A part's file."""
-        return self.folder / f"part-{part:05}.parquet"
+    def __init__(self, place: Path | str | Storage) -> None:
+        """Open the parts; nothing is read yet.
+
+        Args:
+            place: a folder, a URL, or what they open.
+
+        Raises:
+            UsageError: the URL cannot be used.
+            MissingDependencyError: an extra is not installed.
+        """
+        self.storage = open_storage(place) if isinstance(place, Path | str) else place
+        self._list: dict[str, str] | None = None  # of SHA256SUMS; it is replaced, never changed
+
+    def __reduce__(self) -> tuple[type["ScoreStore"], tuple[Storage]]:
+        return ScoreStore, (self.storage,)
+
+    @property
+    def name(self) -> str:
+        """Where the parts lie, for messages."""
+        return self.storage.name
+
+    def place(self, part: int) -> str:
+        """Where a part lies, for messages."""
+        return self.storage.place(part_name(part))
 
     def parts(self) -> list[int]:
-        """The numbers of the parts whose files are there."""
-        return sorted(int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet"))
+        """The numbers of the parts whose files are there.
+
+        Raises:
+            StorageError: they cannot be listed.
+        """
+        return _numbers(self.storage.names())
 
     def record(self, part: int) -> PartRecord | None:
         """What a part says of itself; None where it is not there, or is not what was written.
@@ -103,29 +164,28 @@ class ScoreStore:
 
         Raises:
             OutputExistsError: the file is somebody else's.
+            StorageError: it cannot be read.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = self.path(part)
-        if not path.is_file():
+        found = self._find(part)
+        if found is None:
             return None
-        with storage_errors(path):
-            checksum = sha256(path)
-        noted = self._checksums.get(path.name)
-        if noted is not None and checksum != noted:
+        noted = found.sound or self._is_noted(part)
+        if noted and not found.sound:
             return None
         try:
-            metadata = pq.read_schema(path).metadata or {}
+            metadata = pq.read_schema(pa.BufferReader(found.content)).metadata or {}
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None
         if METADATA_KEY not in metadata:
-            if noted is None:
-                raise OutputExistsError(f"{path}: was not written by dpo-fast; name another folder")
+            if not noted:
+                raise OutputExistsError(f"{self.place(part)}: was not written by dpo-fast; name another folder")
             return None
         try:
             value = json.loads(metadata[METADATA_KEY])
-            return PartRecord(**value | {"rows": tuple(value["rows"])}) if noted else None
+            return PartRecord(**value | {"rows": tuple(value["rows"])}) if found.sound else None
         except (ValueError, KeyError, TypeError):  # written by another version
             return None
 
@@ -140,20 +200,32 @@ class ScoreStore:
             if differing := differences(wanted, found):
                 what = name if name == PAIRS else f"{name} scores"
                 raise OutputExistsError(
-                    f"{self.folder.parent}: holds a run whose {what} differ in {', '.join(differing)} (part {part}); "
+                    f"{self.name}: holds a run whose {what} differ in {', '.join(differing)} (part {part}); "
                     "name another folder, or say --overwrite"
                 )
 
     def clear(self) -> None:
-        """Remove all parts; nothing else in the folder is touched.
+        """Remove all parts and their checksums; nothing else that lies there is touched.
 
         Raises:
             StorageError: the disk refused.
         """
-        with storage_errors(self.folder):
-            for path in [*self.folder.glob("part-*.parquet"), self.folder / CHECKSUMS]:
-                path.unlink(missing_ok=True)
-        self._checksums = {}
+        names = self.storage.names()
+        self.storage.remove(map(part_name, _numbers(names)))
+        self.storage.remove([name for name in names if name == CHECKSUMS or NOTE_NAME.fullmatch(name)])
+        self._list = None
+
+    def remove_remains(self) -> None:
+        """Remove what a killed process left half written.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        if not self.storage.leaves_remains:
+            return
+        patterns = (".part-*.parquet.*", ".part-*.sha256.*", f".{CHECKSUMS}.*")
+        names = self.storage.names()
+        self.storage.remove([name for name in names if any(fnmatch(name, pattern) for pattern in patterns)])
 
     def write(self, part: int, table: TokenTable, scores: Mapping[str, ScoredPairs], record: PartRecord) -> None:
         """Write a part: one row a pair.
@@ -180,7 +252,9 @@ class ScoreStore:
         }
         for role in (role for role in ROLES if role in scores):  # in one order, whoever was scored first
             columns |= score_columns(role, scores[role])
-        self._put(part, parquet_bytes(columns, {METADATA_KEY: json.dumps(asdict(record))}))
+        content = parquet_bytes(columns, {METADATA_KEY: json.dumps(asdict(record))})
+        self._note(part, hashlib.sha256(content).hexdigest())
+        self.storage.write(part_name(part), content)
 
     def adopt(self, part: int, source: "ScoreStore") -> None:
         """Take over another run's part as it is.
@@ -188,36 +262,51 @@ class ScoreStore:
         Raises:
             StorageError: the disk refused, or the part is not what was written.
         """
-        path = source.path(part)
-        with storage_errors(path):
-            checksum = sha256(path)
-        if checksum != source._checksums.get(path.name):
-            raise StorageError(f"{path}: is not what was written (its SHA-256 differs); evaluate that shard again")
-        make_folder(self.folder)
-        copy_file(path, self.path(part), link=True)  # parts are replaced, never changed, so they may be shared
-        self._checksums[path.name] = checksum
-        self._write_checksums()
+        found = source._find(part)
+        if found is None or not found.sound:
+            raise StorageError(
+                f"{source.place(part)}: is not what was written (its SHA-256 differs); evaluate that shard again"
+            )
+        self._note(part, found.checksum)
+        if isinstance(self.storage, LocalFolder) and isinstance(source.storage, LocalFolder):
+            self.storage.link(part_name(part), Path(source.place(part)))
+        else:
+            self.storage.write(part_name(part), found.content)
 
-    def _put(self, part: int, content: bytes | memoryview) -> None:
-        """Write a part's file: its content, then its checksum, then its name."""
-        target = self.path(part)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with storage_errors(target):
-            make_folder(self.folder)
-            try:
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._checksums[target.name] = hashlib.sha256(content).hexdigest()
-                self._write_checksums()
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+    def finish(self) -> None:
+        """Gather the parts' checksums into one list; for when all parts are written, and nobody writes any more.
 
-    def _write_checksums(self) -> None:
-        lines = (f"{checksum}  {name}\n" for name, checksum in sorted(self._checksums.items()))
-        write_text(self.folder / CHECKSUMS, "".join(lines))
+        Killed at whatever moment, it leaves every part with a note, and is done again. Of a finished run, nothing is
+        written.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        names = self.storage.names()
+        parts = _numbers(names)
+        notes = {name for name in names if NOTE_NAME.fullmatch(name)}
+        beside = [part for part in parts if note_name(part) in notes]
+        listed = self._listed(afresh=True)
+        with ThreadPoolExecutor(READERS) as readers:
+            noted = dict(zip(beside, readers.map(self._note_of, beside), strict=True))
+        checksums: dict[str, str] = {}
+        for part in parts:
+            name = part_name(part)
+            said = {noted[part]} if part in noted else set()
+            said |= {listed[name]} if name in listed else set()
+            checksum = said.pop() if len(said) == 1 else None
+            # Of two notes, only the part can tell which was overtaken: it may be the new one, or, killed before it was
+            # replaced, the old one. None at all, or one that cannot be read, may be a fault in reading.
+            if checksum is None:
+                found = self._find(part)
+                checksum = found.checksum if found is not None and found.sound else listed.get(name)
+            if checksum is not None:
+                checksums[name] = checksum
+        text = "".join(f"{checksum}  {name}\n" for name, checksum in sorted(checksums.items())).encode()
+        if text and text != self.storage.read(CHECKSUMS):
+            self.storage.write(CHECKSUMS, text)
+        self._list = checksums
+        self.storage.remove(notes)
 
     def read_part(self, part: int) -> PairScores:
         """A part's scores.
@@ -228,14 +317,7 @@ class ScoreStore:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = self.path(part)
-        way_out = "evaluate again, and it is computed again"
-        if not path.is_file():
-            raise StorageError(f"{path}: is missing; {way_out}")
-        with storage_errors(path):
-            content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self._checksums.get(path.name):
-            raise StorageError(f"{path}: is not what was written (its SHA-256 differs); {way_out}")
+        content = self._read_sound(part)
         try:
             file = pq.ParquetFile(pa.BufferReader(content))
             names = [name for name in file.schema_arrow.names if not name.endswith("_ids")]
@@ -260,7 +342,22 @@ class ScoreStore:
                 reference_rejected=scores.get("reference_rejected"),
             )
         except (pa.ArrowException, KeyError) as error:
-            raise StorageError(f"{path}: was written by another version of dpo-fast; {way_out}") from error
+            raise StorageError(f"{self.place(part)}: was written by another version of dpo-fast; {WAY_OUT}") from error
+
+    def read_columns(self, part: int, columns: Sequence[str]) -> "pa.Table":
+        """Some of a part's columns as they are in the file.
+
+        Raises:
+            StorageError: it is missing or damaged.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        content = self._read_sound(part)
+        try:
+            return pq.ParquetFile(pa.BufferReader(content)).read(columns=list(columns)).select(list(columns))
+        except (pa.ArrowException, KeyError) as error:
+            raise StorageError(f"{self.place(part)}: was written by another version of dpo-fast; {WAY_OUT}") from error
 
     def read(self) -> Iterator[PairScores]:
         """The scores of all parts, one after another; the next is read while one is being used.
@@ -269,6 +366,65 @@ class ScoreStore:
             StorageError: a part is missing or damaged.
         """
         return one_ahead(self.read_part, self.parts())
+
+    def _read_sound(self, part: int) -> bytes:
+        """A part's file.
+
+        Raises:
+            StorageError: it is missing or damaged.
+        """
+        found = self._find(part)
+        if found is None:
+            raise StorageError(f"{self.place(part)}: is missing; {WAY_OUT}")
+        if not found.sound:
+            raise StorageError(f"{self.place(part)}: is not what was written (its SHA-256 differs); {WAY_OUT}")
+        return found.content
+
+    def _find(self, part: int) -> _Found | None:
+        """A part's file, or None.
+
+        What is not what was written is read again, until the same comes twice: storage that fails now and then may
+        hand out half a file, and another process may be replacing it.
+        """
+        name = part_name(part)
+        last = None
+        for _ in range(READINGS):
+            content = self.storage.read(name)
+            if content is None:
+                return None
+            checksum = hashlib.sha256(content).hexdigest()
+            found = _Found(content, checksum, self._is_sound(part, checksum))
+            if found.sound or checksum == last:
+                return found
+            last = checksum
+        return found
+
+    def _is_sound(self, part: int, checksum: str) -> bool:
+        """Whether a checksum was noted for a part: in the list, beside it, or in the list since that was read last."""
+        return (
+            checksum == self._listed().get(part_name(part))
+            or checksum == self._note_of(part)
+            or checksum == self._listed(afresh=True).get(part_name(part))
+        )
+
+    def _is_noted(self, part: int) -> bool:
+        """Whether a part is ours: it has a checksum, whatever that is."""
+        return part_name(part) in self._listed() or self._note_of(part) is not None
+
+    def _note(self, part: int, checksum: str) -> None:
+        """Write a part's checksum beside it."""
+        self.storage.write(note_name(part), f"{checksum}  {part_name(part)}\n".encode())
+
+    def _note_of(self, part: int) -> str | None:
+        """The checksum beside a part; None if there is none, or it is damaged."""
+        return _checksums(self.storage.read(note_name(part))).get(part_name(part))
+
+    def _listed(self, *, afresh: bool = False) -> dict[str, str]:
+        """The checksums of SHA256SUMS, by part."""
+        listed = self._list
+        if listed is None or afresh:
+            self._list = listed = _checksums(self.storage.read(CHECKSUMS))
+        return listed
 
 
 def differences(wanted: Fingerprint, found: Fingerprint) -> list[str]:
@@ -335,13 +491,13 @@ def _lists(values: Any, lengths: Int64Array) -> Any:
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), pa.array(values))
 
 
-def _read_checksums(path: Path) -> dict[str, str]:
+def _numbers(names: Sequence[str]) -> list[int]:
+    """The parts among files, in order."""
+    matches = (PART_NAME.fullmatch(name) for name in names)
+    return sorted(int(match[1]) for match in matches if match and match[0] == part_name(int(match[1])))
+
+
+def _checksums(content: bytes | None) -> dict[str, str]:
     """Each part's SHA-256 by its file's name; a line that is damaged says nothing, so its part is computed again."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); mend that, or name another folder") from error
-    pieces = [line.split("  ", 1) for line in lines]
-    return {piece[1]: piece[0] for piece in pieces if len(piece) == 2}
+    lines = (content or b"").decode(errors="replace").splitlines()
+    return {match[2]: match[1] for match in map(CHECKSUM_LINE.fullmatch, lines) if match}

@@ -20,10 +20,11 @@ from dpo_fast.engines import load_engine, open_engine
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.endpoint import Dialect, EndpointEngine
 from dpo_fast.errors import DatasetError, EngineOutputError, UsageError
-from dpo_fast.evaluate import bundle_tokens
+from dpo_fast.evaluation import find_bundle_tokens
 from dpo_fast.files import new_folder, write_json, write_text
 from dpo_fast.progress import Progress
 from dpo_fast.provenance import hardware, versions
+from dpo_fast.token_cache import TokenCache
 from dpo_fast.token_table import TokenTable
 from dpo_fast.types import OnError, ReferenceFree
 from dpo_fast.verification.bisect import bisect
@@ -324,7 +325,7 @@ def _read(
     bundle: Bundle, dataset: str, max_length: int, options: VerifyOptions
 ) -> tuple[TokenTable, dict[str, Any], int]:
     """All pairs as token ids, what is said of the data set, and how many rows were skipped."""
-    tokens = bundle_tokens(
+    source = find_bundle_tokens(
         bundle,
         dataset,
         max_length,
@@ -334,6 +335,7 @@ def _read(
         on_error=options.on_error,
         trust_remote_code=options.trust_remote_code,
     )
+    tokens = TokenCache(source)
     try:
         tokens.make_ahead(0, tokens.rows)
         table, skipped = tokens.read(0, tokens.rows)

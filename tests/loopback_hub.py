@@ -1,7 +1,8 @@
 """A Hugging Face Hub on 127.0.0.1, of standard-library parts: as much of its protocol as a push and a download use.
 
 It answers what huggingface_hub 2.4 asks in `create_repo`, `create_branch`, `upload_folder` (by LFS: with
-HF_HUB_DISABLE_XET=1), `model_info`, `list_repo_tree` and `hf_hub_download`, so that
+HF_HUB_DISABLE_XET=1), `model_info`, `list_repo_tree` and `hf_hub_download`, and, of data sets (`hub.add_dataset`), what
+`datasets.load_dataset_builder` and HfFileSystem ask, ranges of bytes included, so that
 
     with LoopbackHub() as hub:
         HF_ENDPOINT=hub.url HF_TOKEN=hub.token HF_HUB_DISABLE_XET=1 …
@@ -48,6 +49,9 @@ ROUTES = [
     ("xet_token", "GET", rf"/api/models/{REPO}/xet-write-token/(?P<revision>[^/]+)"),
     ("tree", "GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
     ("info", "GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?"),
+    ("dataset_tree", "GET", rf"/api/datasets/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
+    ("dataset_info", "GET", rf"/api/datasets/{REPO}(?:/revision/(?P<revision>[^/]+))?"),
+    ("dataset_resolve", "GET|HEAD", rf"/datasets/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     ("resolve", "GET|HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
 ]
 
@@ -97,7 +101,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """A request as it came in."""
+    """A request as it came in, and how many bytes of a file were sent."""
 
     step: str
     method: str
@@ -105,6 +109,8 @@ class Request:
     authorization: str | None
     body: bytes
     query: dict[str, list[str]] = field(default_factory=dict)
+    range: str | None = None
+    sent: int = 0
 
     @property
     def json(self) -> Any:
@@ -120,9 +126,10 @@ class LoopbackHub:
         url: what HF_ENDPOINT must be.
         faults: by step, the HTTP status to answer with, or CUT.
         fault_after: by step, how many requests are answered well before its fault begins.
+        fault_times: by step, how often its fault happens; without it, every time.
         before: by step, what is called once, before the step is answered.
         requests: everything that was asked, in order.
-        repositories: by `user/name`.
+        repositories: by `user/name`; data sets by `datasets/user/name`.
     """
 
     token = "hf_LoopbackWriteToken0123456789"
@@ -131,6 +138,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.faults: dict[str, int | str] = {}
         self.fault_after: dict[str, int] = {}
+        self.fault_times: dict[str, int] = {}
         self.before: dict[str, Callable[[], None]] = {}
         self.requests: list[Request] = []
         self.repositories: dict[str, Repository] = {}
@@ -151,6 +159,12 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def add_dataset(self, name: str, files: dict[str, bytes], message: str = "files") -> str:
+        """Put files into a data set's repository, in place of those that were there; the commit's id."""
+        repository = self.repositories.setdefault(f"datasets/{name}", Repository(private=False))
+        blobs = {path: Blob(content, path.endswith(".parquet")) for path, content in files.items()}
+        return repository.commit("main", blobs, message)
 
     def steps(self) -> list[str]:
         """The steps that were asked, in order."""
@@ -226,7 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(length)
         query = parse_qs(urlsplit(self.path).query)
-        request = Request(step, self.command, path, self.headers.get("Authorization"), body, query)
+        range_ = self.headers.get("Range")
+        request = Request(step, self.command, path, self.headers.get("Authorization"), body, query, range_)
         with self.hub.lock:
             self.hub.requests.append(request)
             self.hub.before.pop(step, lambda: None)()
@@ -247,6 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             waiting = self.hub.fault_after.get(step, 0)
             self.hub.fault_after[step] = max(0, waiting - 1)
+            if not waiting and step in self.hub.faults and step in self.hub.fault_times:
+                self.hub.fault_times[step] -= 1
+                waiting = self.hub.fault_times[step] < 0
         return None if waiting else self.hub.faults.get(step)
 
     def _check_token(self, step: str) -> None:
@@ -256,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = (f"Bearer {self.hub.token}", f"Bearer {self.hub.read_token}")
         if authorization is not None and authorization not in known:
             raise _Refusal(401, "Invalid credentials in Authorization header")
-        if step in ("tree", "info", "resolve", "validate", "discussion"):
+        if step.removeprefix("dataset_") in ("tree", "info", "resolve", "validate", "discussion"):
             return
         if authorization is None:
             raise _Refusal(401, "Invalid username or password.")
@@ -431,3 +449,50 @@ class _Handler(BaseHTTPRequestHandler):
         if blob.is_lfs:
             headers |= {"X-Linked-ETag": f'"{blob.etag}"', "X-Linked-Size": str(len(blob.content))}
         self._answer(200, blob.content, headers)
+
+    def _dataset_info(self, request: Request, repo: str, revision: str | None) -> None:
+        self._info(request, f"datasets/{repo}", revision)
+
+    def _dataset_tree(self, request: Request, repo: str, revision: str, path: str | None) -> None:
+        """As `_tree`; but where only a folder's own entries are asked for, those of folders in it stand for them."""
+        repository = self._repository(f"datasets/{repo}")
+        files = repository.commits[self._commit_id(repository, revision)]
+        prefix = f"{path}/" if path else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, blob in sorted(files.items()):
+            folders = [name[:end] for end, character in enumerate(name) if character == "/" and end > len(prefix)]
+            if not name.startswith(prefix):
+                continue
+            for folder in folders:
+                entries[folder] = {
+                    "type": "directory",
+                    "path": folder,
+                    "size": 0,
+                    "oid": hashlib.sha1(folder.encode()).hexdigest(),
+                }
+            entries[name] = {"type": "file", "path": name, "size": len(blob.content), "oid": blob.git_sha1}
+            if blob.is_lfs:
+                entries[name]["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+        if request.query.get("recursive", ["false"])[0].lower() != "true":
+            entries = {name: entry for name, entry in entries.items() if "/" not in name.removeprefix(prefix)}
+        if path and not entries:
+            raise _Refusal(404, f"{path} does not exist on {revision}", "EntryNotFound")
+        self._answer(200, list(entries.values()))
+
+    def _dataset_resolve(self, request: Request, repo: str, revision: str, path: str) -> None:
+        """A file, or a range of its bytes."""
+        repository = self._repository(f"datasets/{repo}")
+        oid = self._commit_id(repository, revision)
+        blob = repository.commits[oid].get(path)
+        if blob is None:
+            raise _Refusal(404, "Entry not found", "EntryNotFound")
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
+        content, status = blob.content, 200
+        if request.range is not None:
+            first, _, last = request.range.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            content, status = content[start : end + 1], 206
+        if self.command == "GET":
+            request.sent = len(content)
+        self._answer(status, content, headers)

@@ -144,7 +144,14 @@ EVALUATE = ("evaluate", "bundle", "--dataset", "pairs.jsonl", "--output", "run")
         ([*EVALUATE, "--shard", "2"], ["--shard '2'", "i/n"]),
         ([*EVALUATE, "--shard", "3/2"], ["--shard 3/2"]),
         ([*EVALUATE, "--threads", "-1"], ["--threads -1"]),
-        ([*EVALUATE, "--engines", "apart"], ["'apart'", "in-turn"]),
+        ([*EVALUATE, "--engines", "both"], ["'both'", "in-turn"]),
+        ([*EVALUATE, "--engines", "apart"], ["--engines apart", "--cluster"]),
+        ([*EVALUATE, "--engines", "in-turn", "--cluster", "local"], ["--engines in-turn", "apart"]),
+        ([*EVALUATE, "--workers", "2"], ["--workers 2", "--cluster local"]),
+        ([*EVALUATE, "--cluster", "slurm"], ["'slurm'", "ray://HOST:PORT"]),
+        ([*EVALUATE, "--cluster", "local", "--workers", "0"], ["--workers 0", "at least 1"]),
+        ([*EVALUATE, "--cluster", "local", "--resources-per-worker", "GPU"], ["'GPU'", '{"GPU": 1}']),
+        ([*EVALUATE, "--scores", "s3://user:secret@bucket/run"], ["s3://…", "password"]),
         ([*EVALUATE, "--reference-scores", "nowhere"], ["--reference-scores nowhere", "holds no scores"]),
         (["merge", "nowhere", "--output", "run"], ["nowhere/metrics.json: is missing"]),
         (["merge", "--output", "run"], ["'RUN...'"]),
@@ -267,7 +274,7 @@ def test_a_signal_is_no_bug(bundle: Path, tmp_path: Path, number: signal.Signals
     script = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import dpo_fast.cli, dpo_fast.evaluate
+import dpo_fast.cli, dpo_fast.local
 from fake_engines import FakeEngine
 
 class Signalled(FakeEngine):
@@ -275,7 +282,7 @@ class Signalled(FakeEngine):
         os.kill(os.getpid(), {int(number)})
         return super().score(batch)
 
-dpo_fast.evaluate.open_engine = lambda bundle, role, threads: Signalled(role)
+dpo_fast.local.open_engine = lambda bundle, role, threads: Signalled(role)
 sys.exit(dpo_fast.cli.run(sys.argv[1:]))
 """
     done = python("-c", script, "evaluate", str(bundle), "--dataset", dataset, "--output", str(tmp_path / "run"))

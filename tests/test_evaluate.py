@@ -18,6 +18,7 @@ from fake_engines import ROWS, FakeEngine, FakeEngines, expected, make_fake_bund
 from signals import send
 
 import dpo_fast.evaluate
+import dpo_fast.local
 import dpo_fast.memory
 from dpo_fast.batches import Batch
 from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
@@ -334,7 +335,7 @@ def interrupt(bundle: Path, dataset: str, run: Path) -> None:
     """Break off in the second part: a part is two batches, one of each model."""
     with pytest.raises(KeyboardInterrupt):
         evaluate(bundle, dataset, run, SMALL, engine=Failing(3, KeyboardInterrupt()))
-    assert sorted(content(run)) == ["scores/SHA256SUMS", "scores/part-00000.parquet"]
+    assert sorted(content(run)) == ["scores/part-00000.parquet", "scores/part-00000.sha256"]
     shutil.rmtree(os.environ["DPO_FAST_CACHE"])  # or the reference's scores would be found there
 
 
@@ -411,7 +412,7 @@ def test_an_unfinished_run_of_more_rows_is_refused(bundle: Path, dataset: str, r
     """Its further parts would stay beside the finished run's, and be taken for its own."""
     with pytest.raises(KeyboardInterrupt):
         evaluate(bundle, dataset, run, SMALL, engine=Failing(5, KeyboardInterrupt()))
-    assert len(content(run)) == 3
+    assert len(content(run)) == 4  # two parts, each with its checksum
 
     with pytest.raises(OutputExistsError, match=r"unfinished run of other rows \(part-00001\.parquet is none of"):
         evaluate(bundle, dataset, run, replace(SMALL, limit=2), engine=FakeEngines())
@@ -432,7 +433,9 @@ def flip_a_bit(path: Path) -> None:
 
 
 def lose_the_checksum(path: Path) -> None:
-    (path.parent / "SHA256SUMS").unlink()
+    """Of a part alone, or, of a finished run, of all."""
+    beside = path.with_suffix(".sha256")
+    (beside if beside.exists() else path.parent / "SHA256SUMS").unlink()
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, lose_the_checksum])
@@ -569,11 +572,11 @@ def test_memory_that_is_short_means_in_turn(
 def test_a_tuned_budget_is_recorded_and_kept(
     bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dpo_fast.evaluate, "tune_token_budget", lambda *_: 321)
+    monkeypatch.setattr(dpo_fast.local, "tune_token_budget", lambda *_: 321)
     options = replace(SMALL, token_budget="auto")
     with pytest.raises(KeyboardInterrupt):
         evaluate(bundle, dataset, run, options, engine=Failing(3, KeyboardInterrupt()))
-    monkeypatch.setattr(dpo_fast.evaluate, "tune_token_budget", lambda *_: pytest.fail("it was tuned already"))
+    monkeypatch.setattr(dpo_fast.local, "tune_token_budget", lambda *_: pytest.fail("it was tuned already"))
 
     metrics = evaluate(bundle, dataset, run, options, engine=FakeEngines())
 

@@ -365,7 +365,7 @@ def test_the_command_writes_and_prints(
 @pytest.fixture
 def fake_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations in an instant; what they say is not looked at here."""
-    monkeypatch.setattr("dpo_fast.evaluate.open_engine", lambda bundle, role, threads: FakeEngines()(bundle, role))
+    monkeypatch.setattr("dpo_fast.local.open_engine", lambda bundle, role, threads: FakeEngines()(bundle, role))
 
 
 @pytest.mark.usefixtures("fake_engines")

@@ -419,7 +419,8 @@ def test_hub_that_cannot_be_reached() -> None:
 
 
 def test_hub_splits_and_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub is played by the library's function; a token in its message must not be shown."""
+    """The Hub is played by the library's functions; a token in its message must not be shown."""
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: None)  # some other format than Parquet
     splits = DatasetDict(train=Dataset.from_list([PAIR]), test=Dataset.from_list([PAIR, PAIR]))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
     preferences = load_preferences("owner/name")
@@ -429,10 +430,11 @@ def test_hub_splits_and_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> DatasetDict:
         raise ConnectionError(f"401\nfor {name} with hf_{'aB3' * 10}")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DatasetError) as error:
-        load_preferences("owner/name")
-    assert "aB3" not in one_line(error)
+    for function in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, function, refuse)
+        with pytest.raises(DatasetError) as error:
+            load_preferences("owner/name")
+        assert "aB3" not in one_line(error)
 
 
 def test_folders_at_fault(tmp_path: Path) -> None:

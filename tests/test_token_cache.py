@@ -3,14 +3,22 @@
 import errno
 import json
 import os
+import pickle
+import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from fake_engines import ROWS, write_rows
@@ -18,11 +26,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import byte_bpe, chat
 
-from dpo_fast import token_cache
+from dpo_fast import token_cache, token_chunks
 from dpo_fast.cache_folder import cache_folder
-from dpo_fast.errors import BundleError, CheckpointError, RowError, StorageError
-from dpo_fast.preferences import load_preferences
-from dpo_fast.token_cache import SET, DataSet, TokenCache, of_the_tokenizer, open_tokens
+from dpo_fast.errors import BundleError, CheckpointError, DatasetError, RowError, StorageError
+from dpo_fast.preferences import PreferenceSet, load_preferences
+from dpo_fast.token_cache import SET, DataSet, TokenCache, TokenSource, find_tokens, of_the_tokenizer, open_tokens
 from dpo_fast.tokens import load_tokenizer, tokenize
 from dpo_fast.types import SkippedRow, TokenizedPair
 
@@ -112,7 +120,8 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("it was opened")
 
-    monkeypatch.setattr(token_cache, "load_preferences", refuse)
+    for function in ("load_preferences", "open_parquet", "of_row_groups"):
+        monkeypatch.setattr(token_cache, function, refuse)
     monkeypatch.setattr(token_cache, "load_tokenizer", refuse)
 
 
@@ -378,6 +387,7 @@ def test_a_set_on_the_hub(open_set: Open, monkeypatch: pytest.MonkeyPatch) -> No
         opened.append(name)
         return DatasetDict(train=Dataset.from_list(records()))
 
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: None)  # some other format than Parquet
     monkeypatch.setattr(datasets, "load_dataset", load)
     first = open_set("owner/name")
     items = read(first)
@@ -693,6 +703,280 @@ def test_what_others_put_there_is_let_alone(open_set: Open, dataset: str, tokeni
         assert read(open_set(dataset)) == told(dataset, tokenizer_folder)
 
     assert (key / name).read_text() == "mine"
+
+
+# Parquet, by row group.
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> str:
+    """The rows of `with_bad_rows` as two files, in row groups of three rows."""
+    rows = records((2, EMPTY), (7, LONG))
+    for number, some in enumerate((rows[:5], rows[5:])):
+        path = tmp_path / "parquet" / f"{number}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(some), path, row_group_size=3)
+    return str(tmp_path / "parquet")
+
+
+def test_row_groups_give_the_ids_of_the_library(
+    open_set: Open, parquet: str, with_bad_rows: str, tokenizer_folder: Path
+) -> None:
+    """Ids, truncation, groups, skipped rows and their reasons: those of the library's own set, and of JSON Lines."""
+    library = PreferenceSet("", None, datasets.load_dataset(parquet, split="train"), "", "kind")
+    wanted = list(
+        tokenize(library.rows(on_error="skip"), load_tokenizer(tokenizer_folder), max_length=15, on_error="skip")
+    )
+    assert [item.row for item in wanted if isinstance(item, SkippedRow)] == [2, 7]
+
+    for dataset in (parquet, with_bad_rows):
+        cache = open_set(dataset, max_length=15, group_by="kind", on_error="skip")
+        assert read(cache) == wanted
+        assert (cache.source.index is None) is (dataset == with_bad_rows)
+    assert open_set(parquet, max_length=15, group_by="kind", on_error="skip").source.index is None  # all is there
+
+
+def test_a_limit_does_not_say_how_long_the_set_is(open_set: Open, parquet: str) -> None:
+    """With a limit, the second file's footer is not read; and without one, later, all rows are there."""
+    some = open_set(parquet, limit=1, on_error="skip")
+    assert some.source.index is not None
+    assert not some.source.index.is_whole
+    assert len(read(some)) == 1
+    assert not list(cache_folder().glob(f"tokens/*/{SET}"))
+
+    assert len(read(open_set(parquet, on_error="skip"))) == COUNT
+    assert len(keys()) == 1
+    assert open_set(parquet, limit=1, on_error="skip").data.rows == COUNT
+
+
+def test_a_url_is_tokenised_anew_when_it_changes(open_set: Open, parquet: str) -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe("/token-cache/a.parquet", Path(parquet, "0.parquet").read_bytes())
+    first = read(open_set("memory://token-cache", on_error="skip"))
+    system.pipe("/token-cache/a.parquet", Path(parquet, "1.parquet").read_bytes())
+
+    second = read(open_set("memory://token-cache", on_error="skip"))
+
+    assert (len(first), len(second), len(keys())) == (5, 6, 2)
+    system.store.clear()
+
+
+# Workers.
+
+
+@pytest.fixture
+def find(tokenizer_folder: Path) -> Callable[..., TokenSource]:
+    def find_one(dataset: str, **options: Any) -> TokenSource:
+        options = {"max_length": 64, "vocabulary": 500, **options}
+        return find_tokens(dataset, tokenizer_folder, HASHES, **options)
+
+    return find_one
+
+
+def sent(source: TokenSource) -> TokenSource:
+    """The source as a worker gets it."""
+    arrived = pickle.loads(pickle.dumps(source))
+    assert arrived == source
+    assert arrived.opened is None
+    return arrived
+
+
+@pytest.mark.parametrize("name", ["dataset", "parquet"])
+def test_a_worker_makes_what_is_missing(
+    find: Callable[..., TokenSource],
+    request: pytest.FixtureRequest,
+    name: str,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """On a machine with a cache of its own; nothing is hashed there, and of Parquet nothing resolved."""
+    dataset = request.getfixturevalue(name)
+    source = find(dataset, on_error="skip")
+    assert find(dataset, on_error="skip").key == source.key
+    wanted = told(dataset, tokenizer_folder)
+    monkeypatch.setenv("DPO_FAST_CACHE", str(tmp_path / "other machine"))
+    monkeypatch.setattr("dpo_fast.preferences.sha256", lambda path: pytest.fail("it was hashed"))
+    monkeypatch.setattr(token_cache, "fingerprint_of", lambda name: pytest.fail("it was hashed"))
+    if name == "parquet":
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: pytest.fail("it was resolved"))
+
+    cache = TokenCache(sent(source))
+
+    assert read(cache, 5, 9) == wanted[5:9]
+    assert [file.split("-")[0] for file in chunks()] == ["00001", "00002"]
+    assert (source.rows_made(), source.rows_made(4, COUNT), source.rows_made(2, 6)) == (7, 7, 2)
+    assert read(cache) == wanted
+    assert source.rows_made() == source.rows == COUNT
+    cache.close()
+
+
+def test_a_set_that_has_changed_since_is_refused(find: Callable[..., TokenSource], tmp_path: Path) -> None:
+    rows = records()
+    dataset = write_rows(tmp_path / "a.jsonl", rows)
+    worker = TokenCache(sent(find(dataset)))
+    write_rows(tmp_path / "a.jsonl", rows[:-1])
+    with pytest.raises(DatasetError, match=r"has changed since this run began: start again"):
+        worker.read(0, COUNT)
+    worker.close()
+
+
+def test_a_bad_row_stops_a_worker_as_it_stops_here(
+    find: Callable[..., TokenSource], open_set: Open, parquet: str
+) -> None:
+    """The same row with the same reason; and a worker's other parts can be made still."""
+    cache = open_set(parquet)
+    with pytest.raises(RowError) as here:
+        cache.read(0, COUNT)
+    shutil.rmtree(cache_folder())
+    worker = TokenCache(sent(find(parquet)))
+    for _ in range(2):
+        with pytest.raises(RowError) as there:
+            worker.read(0, 4)
+        assert (there.value.row, there.value.reason) == (here.value.row, here.value.reason) == (2, here.value.reason)
+    assert len(read(worker, 8, COUNT)) == 3
+    worker.close()
+
+
+def test_what_fails_once_can_be_asked_for_again(
+    find: Callable[..., TokenSource], dataset: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's disk that is full for a while: the part is tried again, with the same worker."""
+    worker, write = TokenCache(sent(find(dataset))), Path.write_bytes
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left"):
+        worker.read(0, COUNT)
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+    assert read(worker) == told(dataset, tokenizer_folder)
+    worker.close()
+
+
+def test_ranges_in_any_order_from_threads(
+    find: Callable[..., TokenSource], parquet: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk is made once, whoever asks first."""
+    made: list[str] = []
+    write = token_cache.write_chunk
+    monkeypatch.setattr(token_cache, "write_chunk", lambda *arguments: (made.append("one"), write(*arguments))[1])
+    worker, whole = TokenCache(sent(find(parquet, on_error="skip"))), told(parquet, tokenizer_folder)
+    draw = random.Random(2)
+    spans = [sorted(draw.sample(range(COUNT + 1), 2)) for _ in range(200)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda span: read(worker, *span), spans))
+
+    assert found == [whole[start:stop] for start, stop in spans]
+    assert len(made) == 3
+    worker.close()
+
+
+WORKER = """
+import pickle, random, sys
+from dpo_fast import token_cache, token_chunks
+from dpo_fast.token_cache import TokenCache
+token_cache.ROWS_PER_CHUNK = 4
+source = pickle.load(open(sys.argv[1], "rb"))
+cache = TokenCache(source)
+starts = list(range(0, source.rows, 4))
+random.Random(int(sys.argv[2])).shuffle(starts)
+print("ready", flush=True)
+sys.stdin.read(1)
+for start in starts:
+    cache.read(start, min(start + 4, source.rows))
+cache.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dataset", "parquet"])
+def test_two_processes_make_one_cache(
+    find: Callable[..., TokenSource],
+    open_set: Open,
+    request: pytest.FixtureRequest,
+    name: str,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the same time, in different orders: what both leave is sound and whole."""
+    dataset = request.getfixturevalue(name)
+    wanted = told(dataset, tokenizer_folder)
+    (tmp_path / "source").write_bytes(pickle.dumps(find(dataset, on_error="skip")))
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "library")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / "source"), str(number)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        process.communicate(b"\n", timeout=120)
+        assert process.returncode == 0
+
+    assert [file.split("-")[:2] for file in chunks()] == [["00000", "4"], ["00001", "4"], ["00002", "3"]]
+    assert not list(cache_folder().rglob(".*"))
+    nothing_is_opened(monkeypatch)
+    assert read(open_set(dataset, on_error="skip")) == wanted
+
+
+def test_what_another_process_has_made_is_found(
+    find: Callable[..., TokenSource], dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it was not there when this one was opened."""
+    source = find(dataset)
+    late, early = TokenCache(sent(source)), TokenCache(sent(source))
+    items = read(early)
+    monkeypatch.setattr(TokenSource, "open_tokenizer", lambda source: pytest.fail("it was opened"))
+
+    assert read(late) == items
+    for cache in (late, early):
+        cache.close()
+
+
+def test_a_chunk_that_a_larger_one_replaces_while_it_is_read(
+    find: Callable[..., TokenSource], dataset: str, tokenizer_folder: Path
+) -> None:
+    small = TokenCache(sent(find(dataset, limit=6)))
+    assert len(read(small)) == 6
+    large = TokenCache(sent(find(dataset)))
+    read(large)
+    assert [name.split("-")[1] for name in chunks()] == ["4", "4", "3"]
+
+    assert read(small) == told(dataset, tokenizer_folder)[:6]
+    for cache in (small, large):
+        cache.close()
+
+
+def test_other_bytes_of_as_many_rows_are_let_alone(
+    find: Callable[..., TokenSource], dataset: str, tokenizer_folder: Path
+) -> None:
+    """Two machines whose PyArrow writes other bytes must not remove each other's chunks; an unsound one goes."""
+    worker = TokenCache(sent(find(dataset)))
+    table, _ = worker.read(0, CHUNK)
+    path = only_chunk()
+    twin = path.with_name(path.name[:-14] + "00000000.arrow")
+    twin.write_bytes(b"another machine's")
+
+    token_chunks.write_chunk(path.parent, 0, CHUNK, table, [])
+    assert path.exists()
+    assert twin.exists()
+
+    again = TokenCache(worker.source)
+    assert read(again) == told(dataset, tokenizer_folder)
+    assert only_chunk() == path
+    for cache in (worker, again):
+        cache.close()
 
 
 # The cache's folder, and the tokenizer's files.

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 from dpo_fast import tokens
 from dpo_fast.errors import CheckpointError, RowError, UsageError
 from dpo_fast.preferences import PreferenceSet, load_preferences
+from dpo_fast.row_groups import RowGroups
 from dpo_fast.tokens import load_tokenizer, tokenize, tokenize_pair
 from dpo_fast.types import PreferenceRow, SkippedRow, TokenizedPair
 
@@ -97,7 +98,10 @@ def assert_as_trl(
     preferences: PreferenceSet, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> None:
     ours = our_pairs(preferences, tokenizer, max_length)
-    assert ours == trl_pairs(preferences.dataset, tokenizer, max_length)
+    dataset = preferences.dataset
+    if isinstance(dataset, RowGroups):  # TRL's users have it from the library
+        dataset = load_dataset("parquet", data_files=preferences.name, split="train")
+    assert ours == trl_pairs(dataset, tokenizer, max_length)
     if max_length is None:
         assert len(ours) == len(preferences), "a row was left out of the comparison"
 

@@ -29,6 +29,7 @@ from dpo_fast.errors import UsageError
 from dpo_fast.types import LOSS_TYPES, FDivergence, LossSettings, OnError, ReferenceFree
 
 if TYPE_CHECKING:
+    from dpo_fast.cluster.options import ClusterOptions
     from dpo_fast.evaluate import EvaluateOptions
     from dpo_fast.generation.files import Sample
 
@@ -82,10 +83,52 @@ def evaluate_command(
         Path | None, typer.Option(help="Take the reference's scores from this run; the cache is looked at anyway.")
     ] = None,
     engines: Annotated[
-        Literal["auto", "together", "in-turn"],
-        typer.Option(help="Whether policy and reference are in memory together; auto goes by what is free."),
+        Literal["auto", "together", "in-turn", "apart"],
+        typer.Option(
+            help="Whether policy and reference are in memory together; in workers apart, on a cluster; auto goes by "
+            "what is free."
+        ),
     ] = "auto",
     threads: Annotated[int, typer.Option(help="Threads of the engine; 0 takes every core.")] = 0,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the parts are written, if not in the run: a folder, or a URL such as s3://BUCKET/RUN.",
+            metavar="DIR|URL",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Score with a Ray cluster's workers: ray (one that is there, else local), local (this machine), auto, "
+            "HOST:PORT, or ray://HOST:PORT.",
+            metavar="ray|local|auto|ADDRESS",
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Of the cluster; by default as many as it has room for.")] = None,
+    resources_per_worker: Annotated[
+        str | None,
+        typer.Option(
+            help="What a worker takes, such as '{\"GPU\": 1}'; by default a GPU where the engine runs on one, else its "
+            "share of the cores.",
+            metavar="JSON",
+        ),
+    ] = None,
+    worker_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds without a batch after which a worker is killed, and its part repeated.  [default: 600]"
+        ),
+    ] = None,
+    attempts: Annotated[
+        int | None, typer.Option(help="How often the cluster tries a part before it counts as failed.  [default: 3]")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what it would take: parts, tokens, time, memory; a few seconds are measured."
+        ),
+    ] = False,
     on_error: Annotated[
         OnError, typer.Option(help="What a row that cannot be used does: stop the run, or be skipped.")
     ] = "stop",
@@ -154,11 +197,16 @@ def evaluate_command(
         threads=threads,
         engines=engines,
         reference_scores=reference_scores,
+        scores=scores,
+        cluster=_cluster(cluster, workers, resources_per_worker, worker_timeout, attempts),
         seed=seed,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         progress=sys.stderr.isatty(),
     )
+    if dry_run:
+        _plan(bundle, dataset, output, options, as_json=as_json)
+        return
     metrics = evaluate(bundle, dataset, output, options, say)
     if overwrite:  # what is left of another run
         remove_samples(output)
@@ -177,6 +225,10 @@ def evaluate_command(
         from dpo_fast.table import print_metrics
 
         print_metrics(metrics, console())
+        if options.cluster is not None:
+            from dpo_fast.plan_table import print_workers
+
+            print_workers(metrics, console())
         if generate is not None:
             from dpo_fast.generation.table import print_samples
 
@@ -278,6 +330,52 @@ def rescore_command(
     from dpo_fast.rescore_table import print_rescore
 
     print_rescore(result, console())
+
+
+def _plan(bundle: Path, dataset: str, output: Path, options: "EvaluateOptions", *, as_json: bool) -> None:
+    """Print what an evaluation would take."""
+    from dpo_fast.plan import plan
+
+    planned = plan(bundle, dataset, output, options)
+    if as_json:
+        print_json(asdict(planned))
+        return
+    from dpo_fast.plan_table import print_plan
+
+    print_plan(planned, console())
+
+
+def _cluster(
+    address: str | None,
+    workers: int | None,
+    resources: str | None,
+    worker_timeout: float | None,
+    attempts: int | None,
+) -> "ClusterOptions | None":
+    """The options of a cluster; None for this process."""
+    from dpo_fast.cluster.options import ClusterOptions, parse_address, parse_resources
+
+    given = {
+        "--workers": workers,
+        "--resources-per-worker": resources,
+        "--worker-timeout": worker_timeout,
+        "--attempts": attempts,
+    }
+    if address is None:
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"{name} {value} is of a cluster's workers: say --cluster too, such as --cluster local"
+                )
+        return None
+    default = ClusterOptions()
+    return ClusterOptions(
+        address=parse_address(address),
+        workers=workers,
+        resources=parse_resources(resources) if resources is not None else None,
+        patience=worker_timeout if worker_timeout is not None else default.patience,
+        attempts=attempts if attempts is not None else default.attempts,
+    )
 
 
 def _generate(bundle: Path, dataset: str, output: Path, options: "EvaluateOptions", num_samples: int) -> "list[Sample]":

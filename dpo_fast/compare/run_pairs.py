@@ -18,7 +18,7 @@ from dpo_fast.metrics.grid import overflow_is_checked
 from dpo_fast.metrics.losses import BATCH_LOSSES, total_losses
 from dpo_fast.metrics.rewards import reduce_pairs
 from dpo_fast.metrics.sums import sum_tokens
-from dpo_fast.run_folder import SCORES
+from dpo_fast.run_folder import open_scores
 from dpo_fast.store import PAIRS, ScoreStore
 from dpo_fast.types import Float64Array, Int64Array, LossSettings, PairScores
 
@@ -96,7 +96,7 @@ def read_run(run: Path, settings: LossSettings) -> RunPairs:
             groups=sums.groups,
         )
 
-    parts = [of_part(scores) for scores in ScoreStore(run / SCORES).read()]
+    parts = [of_part(scores) for scores in open_scores(run).read()]
     parts = [part for part in parts if len(part)] or parts[:1]
 
     def joined(name: str) -> NDArray[np.generic]:
@@ -127,8 +127,8 @@ def read_digests(run: Path) -> Digests:
     Raises:
         StorageError: a part is missing or damaged.
     """
-    store = ScoreStore(run / SCORES)
-    return np.concatenate(list(one_ahead(lambda part: _part_digests(store.path(part)), store.parts())))
+    store = open_scores(run)
+    return np.concatenate(list(one_ahead(lambda part: _part_digests(store, part), store.parts())))
 
 
 def pair_keys(digests: Digests) -> NDArray[np.uint64]:
@@ -189,18 +189,10 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
 
 
-def _part_digests(path: Path) -> Digests:
+def _part_digests(store: ScoreStore, part: int) -> Digests:
     """(pairs of the part, 3) uint64."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, columns=[f"{piece}_ids" for piece in PIECES])
-        columns = [table[f"{piece}_ids"].combine_chunks() for piece in PIECES]
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise StorageError(
-            f"{path}: is damaged, or of another version; evaluate again, it is computed again"
-        ) from error
+    table = store.read_columns(part, [f"{piece}_ids" for piece in PIECES])
+    columns = [column.combine_chunks() for column in table.itercolumns()]
     return np.stack([np.fromiter(map(_digest, _lists(column)), np.uint64, len(column)) for column in columns], axis=1)
 
 
@@ -217,9 +209,9 @@ def _digest(content: bytes) -> int:
 
 def _token_hashes(run: Path) -> list[object]:
     """Of each part, its rows and the hash of its token ids: where all are equal, so are the tokens."""
-    store = ScoreStore(run / SCORES)
-    records = [(store.record(part), store.path(part)) for part in store.parts()]
-    for record, path in records:
+    store = open_scores(run)
+    records = [(store.record(part), store.place(part)) for part in store.parts()]
+    for record, place in records:
         if record is None:
-            raise StorageError(f"{path}: is not what was written; evaluate again, and it is computed again")
+            raise StorageError(f"{place}: is not what was written; evaluate again, and it is computed again")
     return [(record.rows, record.fingerprints.get(PAIRS, {}).get("token ids")) for record, _ in records if record]

@@ -20,7 +20,7 @@ import numpy as np
 from dpo_fast.files import storage_errors
 from dpo_fast.report.pairs import RunPairs
 from dpo_fast.report.texts import Pieces
-from dpo_fast.run_folder import SCORES
+from dpo_fast.run_folder import open_scores
 from dpo_fast.store import ScoreStore
 from dpo_fast.types import CompletionScores, Float64Array, Int64Array
 
@@ -142,9 +142,9 @@ def _pairs(run: Path, pieces: Pieces, counts: Int64Array) -> Iterator[dict[str, 
         pieces: token ids to text.
         counts: how many tokens have a value of each size; those of every pair are added.
     """
-    store = ScoreStore(run / SCORES)
+    store = open_scores(run)
     for part in store.parts():
-        scores, ids = store.read_part(part), _read_ids(store.path(part))
+        scores, ids = store.read_part(part), _read_ids(store, part)
         branches = []
         for name, policy, reference in (
             ("chosen", scores.policy_chosen, scores.reference_chosen),
@@ -162,13 +162,11 @@ def _pairs(run: Path, pieces: Pieces, counts: Int64Array) -> Iterator[dict[str, 
             yield pair
 
 
-def _read_ids(path: Path) -> dict[str, list[Any]]:
-    """The token ids of a part that has been read, and so is whole: one array a pair."""
+def _read_ids(store: ScoreStore, part: int) -> dict[str, list[Any]]:
+    """A part's token ids: one array a pair."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    with storage_errors(path):
-        table = pq.read_table(path, columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+    table = store.read_columns(part, ["prompt_ids", "chosen_ids", "rejected_ids"])
     ids = {}
     for name in table.column_names:
         column = table[name].combine_chunks()

@@ -8,8 +8,7 @@ from dpo_fast.errors import UsageError
 from dpo_fast.metrics.rewards import Branch, reduce_pairs
 from dpo_fast.metrics.sums import concatenate, sum_tokens
 from dpo_fast.rescore import open_run
-from dpo_fast.run_folder import SCORES
-from dpo_fast.store import ScoreStore
+from dpo_fast.run_folder import open_scores
 from dpo_fast.types import Float64Array, LossSettings, PairSums
 
 
@@ -63,7 +62,7 @@ def read_pairs(run: Path) -> RunPairs:
         EngineOutputError: a score is NaN or infinite.
     """
     metrics, settings = open_run(run)
-    sums = concatenate([sum_tokens(part) for part in ScoreStore(run / SCORES).read()])
+    sums = concatenate([sum_tokens(part) for part in open_scores(run).read()])
     if not len(sums.rows):
         raise UsageError(f"{run}: holds no pairs; evaluate again")
     chosen, rejected = reduce_pairs(sums, settings)

@@ -31,8 +31,7 @@ from dpo_fast.files import make_folder, storage_errors
 from dpo_fast.interrupts import Stop, stop_on_signals
 from dpo_fast.preferences import load_preferences
 from dpo_fast.report.charts import plotly_script
-from dpo_fast.run_folder import SCORES, locked
-from dpo_fast.store import ScoreStore
+from dpo_fast.run_folder import locked, open_scores
 from dpo_fast.trackers import Reporter, check_trackers
 from dpo_fast.training.checkpoints import (
     TRAINER_STATE,
@@ -252,7 +251,7 @@ class _Watch:
             checkpoint=path.name,
             metrics={key: value for key, value in metrics.items() if key.startswith("eval_")},
             intervals=metrics["intervals"],
-            drift=measure_drift(ScoreStore(run / SCORES).read()),
+            drift=measure_drift(open_scores(run).read()),
             counts=metrics["counts"],
             seconds=time.perf_counter() - began,
         )

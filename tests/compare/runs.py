@@ -83,6 +83,7 @@ def write_run(
             PAIRS: {"token ids": token_hash(table), "row numbers, truncation or groups": row_hash(table, rows)}
         }
         store.write(part, table, scores, PartRecord(fingerprints, rows, 0, 0, 1))
+    store.finish()
     metrics = {
         "counts": {"pairs": len(pairs), "skipped": 0},
         "provenance": {

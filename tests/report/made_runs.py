@@ -33,6 +33,7 @@ def make_run(
             scores[REFERENCE] = scored(rows, chosen, rejected)
         scores[POLICY] = scored(rows, moved(generator, chosen, 0.06), moved(generator, rejected, -0.02))
         store.write(part, rows, scores, PartRecord({}, (start, start + len(rows)), 0, 0, 512))
+    store.finish()
     groups = all(group is not None for group in table.groups)
     metrics = metrics_of(store, EvaluateOptions(loss=settings))
     metrics["counts"]["skipped"] = 0

@@ -142,7 +142,7 @@ def test_an_error_in_the_block_goes_before_a_trackers(fakes: dict[str, Fake]) ->
 @pytest.fixture
 def evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command that evaluates at once, and where it is run."""
-    monkeypatch.setattr("dpo_fast.evaluate.open_engine", lambda bundle, role, threads: FakeEngines()(bundle, role))
+    monkeypatch.setattr("dpo_fast.local.open_engine", lambda bundle, role, threads: FakeEngines()(bundle, role))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     bundle, rows = make_fake_bundle(tmp_path / "bundle"), write_rows(tmp_path / "pairs.jsonl", ROWS)
     return ["evaluate", str(bundle), "--dataset", rows, "--output", str(tmp_path / "run")]

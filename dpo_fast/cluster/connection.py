@@ -1,0 +1,126 @@
+"""A connection to a Ray cluster, or a cluster of this machine's own for as long as it is wanted."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dpo_fast.cluster.options import ANY, AUTO, LOCAL
+from dpo_fast.errors import MissingDependencyError, UsageError, one_line
+
+CLIENT = "ray://"
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+HEAD = "node:__internal_head__"  # a resource that the head node alone has
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster.
+
+    Attributes:
+        id: Ray's.
+        host: its name.
+        resources: amounts by Ray's names.
+    """
+
+    id: str
+    host: str
+    resources: Mapping[str, float]
+
+
+@contextmanager
+def connected(address: str) -> Iterator[str | None]:
+    """Connect to a cluster, or start one; a connection that the process has already is used and left.
+
+    Args:
+        address: as in `ClusterOptions`.
+
+    Yields:
+        Where Ray's dashboard is, if it runs.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        UsageError: no cluster answers.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingDependencyError("ray", "ray", "--cluster") from error
+
+    if ray.is_initialized():
+        yield _dashboard()
+        return
+    try:
+        _connect(address)
+    except Exception as error:
+        raise UsageError(
+            f"--cluster {address}: no Ray cluster answers ({one_line(error)}); start one with `ray start --head`, or "
+            "say --cluster local"
+        ) from error
+    try:
+        yield _dashboard()
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Connect as `address` says.
+
+    Raises:
+        ConnectionError, or whatever else Ray says: nobody answers, or somebody with another version.
+    """
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells of each part that is lost; so do we
+    if address != ANY:
+        _init(address)
+        return
+    try:
+        _init(AUTO)
+    except ConnectionError:
+        ray.shutdown()
+        _init(LOCAL)
+
+
+def _init(address: str) -> None:
+    """Call `ray.init`; what goes wrong is raised, so what Ray writes to standard error beside that is held back."""
+    import ray
+
+    sys.stderr.flush()
+    kept = os.dup(2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    before = os.environ.get(LOG_LEVEL)
+    os.environ.setdefault(LOG_LEVEL, "fatal")  # of the part in C++, which has no other switch
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    finally:
+        if before is None:
+            del os.environ[LOG_LEVEL]
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(silence)
+
+
+def nodes() -> list[Node]:
+    """The machines that are there, the head first."""
+    import ray
+
+    found = [
+        Node(node["NodeID"], node["NodeManagerHostname"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]
+    return sorted(found, key=lambda node: (HEAD not in node.resources, node.id))
+
+
+def _dashboard() -> str | None:
+    """Where Ray's dashboard is."""
+    import ray
+
+    try:
+        return ray._private.worker.get_dashboard_url() or None
+    except Exception:  # Ray Client has none of its own
+        return None

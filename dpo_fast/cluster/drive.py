@@ -1,0 +1,227 @@
+"""Hand out a run's parts until each has an outcome; whoever is silent for too long is killed.
+
+One pass hands out what is missing. Ray repeats the parts of a worker that dies; what is lost all the same, or fails,
+is handed out again in the next pass, to new workers, within `attempts`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, Queue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from dpo_fast.cluster.connection import nodes
+from dpo_fast.cluster.job import Job
+from dpo_fast.cluster.ledger import SilentWorker, Snapshot
+from dpo_fast.cluster.outcome import Outcome
+from dpo_fast.cluster.worker import PartWorker
+from dpo_fast.errors import CheckFailedError, InputError, one_line
+
+if TYPE_CHECKING:
+    import ray.data
+
+LARGEST_HAND_OUT = 10_000  # pieces of work that Ray Data is given at once; more parts share one
+IN_FLIGHT = 2  # parts of a worker: one on the engine, one being prepared
+LOOK_SECONDS = 0.5  # between two looks at the ledger
+GRACE_SECONDS = 5.0  # for a worker whose node is lost to start on another one
+ALL_FAIL = 8  # parts a worker may fail at, one after another and from the start, before the run is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who does the work.
+
+    Attributes:
+        sizes: workers by stage.
+        resources: of one worker, by Ray's names.
+        patience: seconds without a sign of life after which a worker is taken for dead.
+        attempts: how often a part is tried.
+    """
+
+    sizes: Sequence[int]
+    resources: Mapping[str, float]
+    patience: float
+    attempts: int
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Looks for workers that are silent, and kills them.
+
+    Attributes:
+        ledger: the handle of its actor.
+        crew: see there.
+        say: told of what was done.
+        killed: when, and at which silence, by worker.
+    """
+
+    ledger: Any
+    crew: Crew
+    say: Callable[[str], None]
+    killed: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+
+    def look(self) -> Snapshot:
+        """Kill the silent, give up those that cannot come back.
+
+        Raises:
+            CheckFailedError: workers die as they start, again and again.
+        """
+        import ray
+
+        snapshot: Snapshot = ray.get(self.ledger.snapshot.remote(min(GRACE_SECONDS, self.crew.patience)))
+        if snapshot.failing_starts > self.crew.attempts:
+            raise CheckFailedError(
+                f"a worker died {self.crew.attempts} times as it loaded its engine; is there memory for it? Lower "
+                "--workers, or give each more with --resources-per-worker; Ray's logs are in /tmp/ray"
+            )
+        now = time.monotonic()
+        there = {node.id for node in nodes()} if snapshot.silent else set()
+        for worker in snapshot.silent:
+            if worker.node not in there:
+                self._lose(worker, now)
+            elif worker.seconds > self.crew.patience:
+                self._kill(worker, now)
+        return snapshot
+
+    def _lose(self, worker: SilentWorker, now: float) -> None:
+        """Give up a worker whose node is lost, if it has had the time to start on another one."""
+        since = self.lost.setdefault(worker.worker, now)
+        if now - since > GRACE_SECONDS:
+            self.say(f"a node was lost, and the worker that was {worker.what} with it")
+            self._give_up(worker)
+
+    def _kill(self, worker: SilentWorker, now: float) -> None:
+        """Kill a worker that hangs; if it does not come back, give it up."""
+        import ray
+
+        before = self.killed.get(worker.worker)
+        if before is None or now - before > worker.seconds:  # it has been heard of since
+            self.say(f"a worker was silent for {worker.seconds:.0f} seconds, {worker.what}: killed, and started again")
+            self.killed[worker.worker] = now
+            ray.kill(worker.handle, no_restart=False)
+        elif now - before > self.crew.patience:
+            self._give_up(worker)
+
+    def _give_up(self, worker: SilentWorker) -> None:
+        """Kill a worker for good; its parts come in the next pass."""
+        import ray
+
+        ray.get(self.ledger.give_up.remote(worker.worker))
+        ray.kill(worker.handle, no_restart=True)
+
+
+def drive(
+    job: Job,
+    crew: Crew,
+    ledger: Any,
+    say: Callable[[str], None] = lambda line: None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> dict[int, Outcome]:
+    """Score all parts of a job.
+
+    Args:
+        job: see there.
+        crew: see there.
+        ledger: the handle of its actor.
+        say: told of what was worth saying.
+        is_cancelled: asked now and then.
+
+    Returns:
+        What came of each part; of those that failed as often as they were tried, why.
+
+    Raises:
+        InputError: the user's input is at fault, as a worker found out.
+        CheckFailedError: nothing works.
+    """
+    import ray
+
+    done: dict[int, Outcome] = {}
+    failed: dict[int, Outcome] = {}
+    watch = _Watch(ledger, crew, say)
+    for attempt in range(crew.attempts):
+        missing = [part for part in job.parts if part not in done]
+        if not missing:
+            break
+        if attempt:
+            say(f"{len(missing)} parts failed or were lost: handed out again")
+        for outcome in _hand_out(job, crew, ledger, missing, watch, is_cancelled):
+            if outcome.reason is None:
+                done[outcome.part] = outcome
+                failed.pop(outcome.part, None)
+                continue
+            if outcome.is_fatal:
+                raise InputError(outcome.reason)
+            failed[outcome.part] = outcome
+            if not done and len(failed) >= ALL_FAIL * sum(crew.sizes):
+                raise CheckFailedError(f"the first {len(failed)} parts all failed: {outcome.reason}")
+        ray.get(ledger.give_up_all.remote())
+    for part in job.parts:
+        if part not in done and part not in failed:
+            failed[part] = Outcome(part, reason="its workers died, hung or were lost each time")
+    return done | failed
+
+
+def _hand_out(
+    job: Job, crew: Crew, ledger: Any, parts: Sequence[int], watch: _Watch, is_cancelled: Callable[[], bool]
+) -> Iterator[Outcome]:
+    """Hand out parts once; those that are lost have no outcome."""
+    found: Queue[Outcome | BaseException | None] = Queue()
+    rows = _pipeline(job, crew, ledger, parts)
+
+    def collect() -> None:
+        """Ray Data waits without an end for what does not come, so it does that in a thread."""
+        try:
+            for row in rows.iter_rows():
+                found.put(Outcome.from_json(row["outcome"]))
+        except BaseException as error:
+            found.put(error)
+        else:
+            found.put(None)
+
+    Thread(target=collect, name="collect", daemon=True).start()
+    looked = time.monotonic()
+    while not is_cancelled():
+        if time.monotonic() - looked >= LOOK_SECONDS:
+            watch.look()
+            looked = time.monotonic()
+        try:
+            item = found.get(timeout=LOOK_SECONDS)
+        except Empty:
+            continue
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise CheckFailedError(f"Ray Data stopped: {one_line(item)}") from item
+        yield item
+
+
+def _pipeline(job: Job, crew: Crew, ledger: Any, parts: Iterable[int]) -> "ray.data.Dataset":
+    """Parts as a data set, mapped by each stage's workers."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # of a worker that was given up; they come in the next pass
+    rows = [{"part": part} for part in parts]
+    data = ray.data.from_items(rows, override_num_blocks=min(len(rows), LARGEST_HAND_OUT))
+    takes = dict(crew.resources)
+    for stage, size in zip(job.stages(apart=len(crew.sizes) > 1), crew.sizes, strict=True):
+        data = data.map_batches(
+            PartWorker,
+            fn_constructor_args=(job, stage, ledger),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=min(size, len(rows)),
+                max_tasks_in_flight_per_actor=IN_FLIGHT,
+                max_concurrent_calls_per_actor=IN_FLIGHT,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=takes.get("CPU", 0),
+            num_gpus=takes.get("GPU") or None,
+            memory=takes.get("memory") or None,
+            resources={name: each for name, each in takes.items() if name not in ("CPU", "GPU", "memory")} or None,
+        )
+    return data

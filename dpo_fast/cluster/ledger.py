@@ -1,0 +1,203 @@
+"""Who is at which part, since when, and how often a part took its worker down with it.
+
+The ledger outlives the workers, so it can tell what a worker was at when it died. It runs as an actor of its own on the
+driver's node, and is asked by workers and driver alike; nothing in it is needed to go on after a new start.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """One worker, as far as the ledger knows.
+
+    Attributes:
+        host, node, pid: where it runs now; the node's id is Ray's.
+        handle: of its actor, by which it can be killed.
+        starts: how often its actor has started.
+        last_sign: of life, in the ledger's seconds.
+        parts: that it holds, and whether each is on the engine (or still being prepared).
+        pairs: of the parts that it holds, how many are scored.
+        tokens: that its engine has computed, without padding, for as long as the run goes.
+        is_ready: whether its engine is loaded.
+        is_gone: whether it was given up.
+    """
+
+    host: str
+    node: str
+    pid: int
+    handle: Any
+    starts: int
+    last_sign: float
+    parts: dict[int, bool] = field(default_factory=dict)
+    pairs: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
+    is_ready: bool = False
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SilentWorker:
+    """A worker that has something to do, and has given no sign of life for a while.
+
+    Attributes:
+        worker: its name.
+        handle: of its actor.
+        node: Ray's id.
+        seconds: since the last sign.
+        what: it was at, in words.
+    """
+
+    worker: str
+    handle: Any
+    node: str
+    seconds: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How far the work has come.
+
+    Attributes:
+        pairs: scored, or found to be scored already, with the fractions of parts that are not ended.
+        tokens: that engines have computed, without padding.
+        workers: that are at work.
+        silent: those without a sign of life.
+        failing_starts: the most often that one worker has started without ever becoming ready.
+    """
+
+    pairs: float
+    tokens: int
+    workers: int
+    silent: list[SilentWorker]
+    failing_starts: int
+
+
+class Ledger:
+    """The book of a run's parts and workers."""
+
+    def __init__(self, attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """An empty book.
+
+        Args:
+            attempts: how often a worker may die or hang at a part before the part is refused.
+            clock: seconds.
+        """
+        self._attempts, self._clock = attempts, clock
+        self._workers: dict[str, WorkerState] = {}
+        self._blamed: Counter[int] = Counter()
+        self._ended: dict[tuple[int, int], float] = {}  # pairs by part and stage: one that is ended twice counts once
+
+    def started(self, worker: str, host: str, node: str, pid: int, handle: Any) -> None:
+        """A worker's actor has started, for the first time or again; what it was at before has taken it down."""
+        before = self._workers.get(worker)
+        if before is not None:
+            self._blame(before)
+        starts = 1 if before is None or before.is_ready else before.starts + 1
+        tokens = 0 if before is None else before.tokens
+        self._workers[worker] = WorkerState(host, node, pid, handle, starts, self._clock(), tokens=tokens)
+
+    def ready(self, worker: str) -> None:
+        """A worker's engine is loaded."""
+        self._workers[worker].is_ready = True
+        self._sign(worker)
+
+    def begin(self, worker: str, part: int) -> str | None:
+        """A worker is about to prepare a part.
+
+        Returns:
+            None; or why it had better not.
+        """
+        self._sign(worker)
+        if self._blamed[part] >= self._attempts:
+            times = "once" if self._blamed[part] == 1 else f"{self._blamed[part]} times"
+            return f"its worker died or hung {times}"
+        self._workers[worker].parts[part] = False
+        return None
+
+    def on_engine(self, worker: str, part: int) -> None:
+        """A part is prepared, and its turn on the engine has come."""
+        self._sign(worker)
+        self._workers[worker].parts[part] = True
+
+    def progress(self, worker: str, part: int, pairs: float, tokens: int) -> None:
+        """A part's batches have scored so many pairs and tokens since the last word of it."""
+        self._sign(worker)
+        state = self._workers[worker]
+        state.pairs[part] = state.pairs.get(part, 0.0) + pairs
+        state.tokens += tokens
+
+    def end(self, worker: str, part: int, stage: int, pairs: float) -> None:
+        """A worker is done with a part, well or not.
+
+        Args:
+            worker: its name.
+            part: that it held.
+            stage: of the work on the part.
+            pairs: what this stage counts for where it went well; 0 where it failed.
+        """
+        self._sign(worker)
+        state = self._workers[worker]
+        state.parts.pop(part, None)
+        state.pairs.pop(part, None)
+        if pairs:
+            self._ended[part, stage] = pairs
+
+    def give_up(self, worker: str) -> None:
+        """A worker was killed, and its actor will not start again."""
+        state = self._workers[worker]
+        self._blame(state)
+        state.is_gone = True
+
+    def give_up_all(self) -> None:
+        """All workers have gone, as they do when their parts are handed out; whoever comes is new."""
+        for state in self._workers.values():
+            state.parts.clear()
+            state.pairs.clear()
+            state.is_gone = True
+
+    def snapshot(self, patience: float) -> Snapshot:
+        """How far the work has come.
+
+        Args:
+            patience: seconds after which a worker is silent.
+        """
+        now = self._clock()
+        at_work = {name: state for name, state in self._workers.items() if not state.is_gone}
+        silent = [
+            SilentWorker(name, state.handle, state.node, now - state.last_sign, _what(state))
+            for name, state in at_work.items()
+            if now - state.last_sign > patience and (state.parts or not state.is_ready)
+        ]
+        fractions = sum(sum(state.pairs.values()) for state in at_work.values())
+        return Snapshot(
+            pairs=sum(self._ended.values()) + fractions,
+            tokens=sum(state.tokens for state in self._workers.values()),
+            workers=len(at_work),
+            silent=silent,
+            failing_starts=max((state.starts for state in at_work.values() if not state.is_ready), default=0),
+        )
+
+    def _sign(self, worker: str) -> None:
+        """Note a sign of life."""
+        self._workers[worker].last_sign = self._clock()
+
+    def _blame(self, state: WorkerState) -> None:
+        """Blame the part that was on the engine; where none was, all that were being prepared."""
+        on_engine = [part for part, is_on_engine in state.parts.items() if is_on_engine]
+        self._blamed.update(on_engine or list(state.parts))
+        state.parts.clear()
+        state.pairs.clear()
+
+
+def _what(state: WorkerState) -> str:
+    """What a worker was at when it was heard of last."""
+    if not state.is_ready:
+        return "loading its engine"
+    on_engine = [part for part, is_on_engine in state.parts.items() if is_on_engine]
+    return f"at part {on_engine[0]}" if on_engine else f"preparing part {min(state.parts)}"

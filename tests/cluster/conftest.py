@@ -1,0 +1,47 @@
+"""A cluster of several nodes on this machine, and what its workers score."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engines import make_fake_bundle, write_rows
+
+from dpo_fast.evaluate import EvaluateOptions, evaluate
+
+from .engines import open_fake
+from .nodes import Nodes
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    """A head, which runs no worker, and three nodes of one CPU each."""
+    made = Nodes(workers=3)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fake_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows for 24 parts of 8, two of which cannot be used."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"Question {i}?", "chosen": f" Yes, {i}." * (1 + i % 3), "rejected": f" No {i * 7}."}
+        for i in range(190)
+    ]
+    rows[17]["chosen"] = rows[100]["rejected"] = ""
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def local(bundle: Path, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_FAST_CACHE", str(folder / "cache"))
+        evaluate(bundle, dataset, folder / "run", EvaluateOptions(part_size=8, on_error="skip"), engine=open_fake)
+    return folder / "run"

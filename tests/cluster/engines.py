@@ -1,0 +1,83 @@
+"""Engines of workers: importable where Ray runs them, and told what to do through files."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from fake_engines import FakeEngine
+
+from dpo_fast.batches import Batch
+from dpo_fast.bundle import Bundle
+from dpo_fast.types import TokenScores
+
+
+def open_fake(bundle: Bundle, role: str) -> FakeEngine:
+    """The fake engine of a role."""
+    return FakeEngine(salt=role)
+
+
+class SlowEngine(FakeEngine):
+    """A fake engine that takes its time, so that there is time for something to happen.
+
+    Attributes:
+        folder: where orders lie: JSON files that one worker takes each, by renaming them. {"do": "slow"}: be ten times
+            slower from now on; {"do": "hang"}: never come back; {"do": "die"}: end the process.
+    """
+
+    def __init__(self, role: str, folder: Path, seconds: float) -> None:
+        super().__init__(salt=role)
+        self.folder, self.seconds = folder, seconds
+
+    def score(self, batch: Batch) -> TokenScores:
+        time.sleep(self.seconds)
+        for order in sorted(self.folder.glob("*.json")):
+            taken = order.with_suffix(f".{os.getpid()}")
+            try:
+                order.rename(taken)
+            except FileNotFoundError:  # by another worker
+                continue
+            match json.loads(taken.read_text())["do"]:
+                case "slow":
+                    self.seconds *= 10
+                case "hang":
+                    time.sleep(3600)
+                case "die":
+                    os._exit(1)
+        return super().score(batch)
+
+
+class SlowEngines:
+    """Opens slow engines; it can be pickled."""
+
+    def __init__(self, folder: Path, seconds: float = 0.02) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
+        return SlowEngine(role, self.folder, self.seconds)
+
+
+class BadPart:
+    """Opens engines that cannot stand a token: they say NaN of it, or end the process."""
+
+    def __init__(self, token: int, *, dies: bool) -> None:
+        self.token, self.dies = token, dies
+
+    def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
+        return BadPartEngine(role, self.token, self.dies)
+
+
+class BadPartEngine(FakeEngine):
+    """See `BadPart`."""
+
+    def __init__(self, role: str, token: int, dies: bool) -> None:
+        super().__init__(salt=role)
+        self.token, self.dies = token, dies
+
+    def score(self, batch: Batch) -> TokenScores:
+        scores = super().score(batch)
+        if (batch.input_ids == self.token).any():
+            if self.dies:
+                os._exit(1)
+            scores.log_prob[0] = float("nan")
+        return scores

@@ -1,0 +1,55 @@
+"""Ray nodes on one machine, each with processes of its own, that can be lost and replaced."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+
+class Nodes:
+    """A head, which runs no worker, and nodes of one CPU each."""
+
+    def __init__(self, workers: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        # What workers import, they import from here.
+        tests = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", tests.rstrip(os.pathsep))
+            self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+            self.environment = dict(os.environ)
+            self.workers: list[Any] = []
+            self.restore(workers)
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def lose(self, number: int) -> None:
+        """A node is gone at once, with all that runs there."""
+        self.cluster.remove_node(self.workers.pop(number), allow_graceful=False)
+
+    def restore(self, workers: int) -> None:
+        """As many nodes as there were."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
+            while len(self.workers) < workers:
+                self.workers.append(self.cluster.add_node(num_cpus=1))
+
+    def scoring(self) -> list[psutil.Process]:
+        """The processes that score parts, of these nodes alone."""
+        found = []
+        for node in self.workers:
+            for started in node.all_processes["raylet"]:
+                for process in psutil.Process(started.process.pid).children(recursive=True):
+                    try:
+                        if "PartWorker" in " ".join(process.cmdline()):
+                            found.append(process)
+                    except psutil.NoSuchProcess:
+                        continue
+        return found
+
+    def shutdown(self) -> None:
+        self.cluster.shutdown()

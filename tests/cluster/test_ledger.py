@@ -1,0 +1,131 @@
+"""The ledger alone: who is blamed, who is silent, how far it is."""
+
+import pytest
+
+from dpo_fast.cluster.ledger import Ledger
+
+PATIENCE = 10.0
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(clock: Clock) -> Ledger:
+    ledger = Ledger(attempts=2, clock=clock)
+    start(ledger, "a")
+    start(ledger, "b")
+    return ledger
+
+
+def start(ledger: Ledger, worker: str) -> None:
+    ledger.started(worker, "host", "node", 1, f"handle of {worker}")
+    ledger.ready(worker)
+
+
+def test_the_part_on_the_engine_is_blamed_and_the_one_beside_it_is_not(ledger: Ledger) -> None:
+    for _ in range(2):
+        assert ledger.begin("a", 1) is None
+        assert ledger.begin("a", 2) is None
+        ledger.on_engine("a", 1)
+        start(ledger, "a")  # it died, and Ray has started it again
+
+    assert ledger.begin("a", 1) == "its worker died or hung 2 times"
+    assert ledger.begin("b", 1) == "its worker died or hung 2 times"
+    assert ledger.begin("a", 2) is None
+
+
+def test_where_nothing_is_on_the_engine_all_that_were_prepared_are_blamed(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.begin("a", 1)
+        ledger.begin("a", 2)
+        ledger.give_up("a")
+        start(ledger, "a")
+
+    assert ledger.begin("a", 1) is not None
+    assert ledger.begin("a", 2) is not None
+
+
+def test_a_part_that_was_ended_is_not_blamed(ledger: Ledger) -> None:
+    for _ in range(3):
+        ledger.begin("a", 1)
+        ledger.on_engine("a", 1)
+        ledger.end("a", 1, 0, 8.0)
+        start(ledger, "a")
+
+    assert ledger.begin("a", 1) is None
+
+
+def test_a_part_that_is_ended_twice_counts_once(ledger: Ledger) -> None:
+    for worker in ("a", "b"):
+        ledger.begin(worker, 1)
+        ledger.on_engine(worker, 1)
+    ledger.progress("a", 1, 3.0, 100)
+    assert ledger.snapshot(PATIENCE).pairs == 3.0
+    ledger.end("a", 1, 0, 8.0)
+    ledger.end("b", 1, 0, 8.0)
+    ledger.end("b", 1, 1, 8.0)  # another stage of the work
+
+    assert ledger.snapshot(PATIENCE).pairs == 16.0
+    assert ledger.snapshot(PATIENCE).tokens == 100
+
+
+def test_what_a_dead_worker_had_scored_of_its_part_is_taken_back(ledger: Ledger) -> None:
+    ledger.begin("a", 1)
+    ledger.progress("a", 1, 3.0, 100)
+    start(ledger, "a")
+
+    assert ledger.snapshot(PATIENCE).pairs == 0.0
+    assert ledger.snapshot(PATIENCE).tokens == 100  # its speed was real
+
+
+def test_who_has_something_to_do_and_says_nothing_is_silent(ledger: Ledger, clock: Clock) -> None:
+    ledger.begin("a", 7)
+    clock.now = PATIENCE + 1
+    assert [(s.worker, s.handle, s.what) for s in ledger.snapshot(PATIENCE).silent] == [
+        ("a", "handle of a", "preparing part 7")
+    ]
+    ledger.on_engine("a", 7)
+    assert ledger.snapshot(PATIENCE).silent == []
+    clock.now += PATIENCE + 1
+    assert [s.what for s in ledger.snapshot(PATIENCE).silent] == ["at part 7"]
+    ledger.progress("a", 7, 1.0, 1)
+    assert ledger.snapshot(PATIENCE).silent == []
+    ledger.end("a", 7, 0, 8.0)
+    clock.now += PATIENCE + 1
+    assert ledger.snapshot(PATIENCE).silent == []  # b and a have nothing to do
+
+
+def test_one_that_never_becomes_ready_is_silent_and_its_starts_are_counted(ledger: Ledger, clock: Clock) -> None:
+    for number in range(3):
+        ledger.started("c", "host", "node", 1, None)
+        assert ledger.snapshot(PATIENCE).failing_starts == number + 1
+    clock.now = PATIENCE + 1
+    assert [s.what for s in ledger.snapshot(PATIENCE).silent] == ["loading its engine"]
+    ledger.ready("c")
+    assert ledger.snapshot(PATIENCE).failing_starts == 0
+    start(ledger, "c")
+    ledger.started("c", "host", "node", 1, None)
+    assert ledger.snapshot(PATIENCE).failing_starts == 1
+
+
+def test_workers_that_were_given_up_are_not_waited_for(ledger: Ledger, clock: Clock) -> None:
+    ledger.begin("a", 7)
+    ledger.give_up_all()
+    clock.now = PATIENCE + 1
+
+    snapshot = ledger.snapshot(PATIENCE)
+
+    assert (snapshot.workers, snapshot.silent, snapshot.pairs) == (0, [], 0.0)

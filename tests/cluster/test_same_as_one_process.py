@@ -1,0 +1,37 @@
+"""Whoever scores, the parts are the same, byte for byte, and so are the metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_fast.cluster.options import ClusterOptions
+from dpo_fast.evaluate import EvaluateOptions, evaluate
+
+from .compare import files, numbers
+from .engines import open_fake
+from .nodes import Nodes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("workers", "engines"), [(1, "together"), (2, "together"), (4, "together"), (2, "apart"), (3, "apart")]
+)
+def test_workers(
+    nodes: Nodes, bundle: Path, dataset: str, local: Path, tmp_path: Path, workers: int, engines: Any
+) -> None:
+    cluster = ClusterOptions(nodes.address, workers=workers, resources={"CPU": 0.5})
+    options = EvaluateOptions(part_size=8, on_error="skip", cluster=cluster, engines=engines)
+
+    metrics = evaluate(bundle, dataset, tmp_path / "run", options, engine=open_fake)
+
+    assert files(tmp_path / "run") == files(local)
+    assert numbers(tmp_path / "run") == numbers(local)
+    provenance = metrics["provenance"]
+    assert provenance["engines"] == engines
+    whole = [worker["parts"] for worker in provenance["cluster"]["workers"]]
+    assert sum(whole) == 24
+    assert len(whole) <= workers
+    assert provenance["this_process"]["scored_pairs"] == 188
+    assert provenance["this_process"]["pairs_with_known_reference_scores"] == 0
