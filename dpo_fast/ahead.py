@@ -1,5 +1,6 @@
-"""One thing is made ready while another is being used."""
+"""Something is made ready while something else is being used."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -13,12 +14,16 @@ def one_ahead(function: Callable[[Input], Output], inputs: Iterable[Input]) -> I
 
     An error is raised where its result would have come.
     """
-    with ThreadPoolExecutor(1, "ahead") as threads:
-        coming: Future[Output] | None = None
+    return several_ahead(function, inputs, 1)
+
+
+def several_ahead(function: Callable[[Input], Output], inputs: Iterable[Input], count: int) -> Iterator[Output]:
+    """The same with so many made at a time, each in a thread of its own: where it takes long, but is no work."""
+    with ThreadPoolExecutor(count, "ahead") as threads:
+        coming: deque[Future[Output]] = deque()
         for item in inputs:
-            following = threads.submit(function, item)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
+            coming.append(threads.submit(function, item))
+            if len(coming) > count:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

@@ -161,6 +161,8 @@ def begin(
     output: Path,
     options: EvaluateOptions,
     engine: Callable[[Bundle, str], Engine] | None = None,
+    *,
+    is_plan: bool = False,
 ) -> Iterator[Evaluation]:
     """An evaluation that has its folder, for as long as the block takes; nothing is left of one that wrote no part.
 
@@ -170,6 +172,7 @@ def begin(
         output: the run's folder.
         options: see `EvaluateOptions`.
         engine: opens a role's engine; the recipe's by default.
+        is_plan: whether nothing is to be left of it.
 
     Raises:
         InputError: bundle, options or disk.
@@ -182,7 +185,7 @@ def begin(
     with ExitStack() as stack:
         make_folder(output)
         stack.enter_context(locked(output))
-        stack.enter_context(removed_if_empty(output))
+        stack.enter_context(removed_if_empty(output, is_plan=is_plan))
         store = make_scores(output, options.scores)  # what refuses is better found now than after the first part
         stop = stack.enter_context(stop_on_signals())
         yield Evaluation(opened, dataset, output, store, options, roles, max_length, stop, engine)

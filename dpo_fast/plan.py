@@ -68,7 +68,7 @@ def plan(
     Raises:
         As `evaluate`, for what would stop it before the first part.
     """
-    with begin(bundle, dataset, output, options, engine) as evaluation:
+    with begin(bundle, dataset, output, options, engine, is_plan=True) as evaluation:
         job = job_of(evaluation)
         there = len(set(job.parts) & set(job.store.parts())) if not options.overwrite else 0
         budget = known_token_budget(options, evaluation.bundle, job.store, job.parts)

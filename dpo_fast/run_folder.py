@@ -210,20 +210,32 @@ def remove_remains(output: Path, store: ScoreStore) -> None:
 
 
 @contextmanager
-def removed_if_empty(output: Path) -> Iterator[None]:
-    """Leave nothing behind of a run that fails before its first part; a part that was written stays for later."""
+def removed_if_empty(output: Path, *, is_plan: bool = False) -> Iterator[None]:
+    """Leave nothing behind of a run that fails before its first part; a part that was written stays for later.
+
+    Args:
+        output: the run's folder.
+        is_plan: whether nothing is meant to be written, so that all is well without a part.
+    """
     try:
         yield
     except BaseException:
-        with suppress(OSError, StorageError, MissingDependencyError):  # what failed first is what is told
-            store = open_scores(output)
-            if not store.parts() and not (output / METRICS).exists():
-                store.clear()
-                (output / SCORES_URL).unlink(missing_ok=True)
-                if (output / SCORES).is_dir():
-                    (output / SCORES).rmdir()
-                output.rmdir()
+        _remove_if_empty(output)
         raise
+    if is_plan:
+        _remove_if_empty(output)
+
+
+def _remove_if_empty(output: Path) -> None:
+    """Remove a run's folder that holds neither a part nor metrics."""
+    with suppress(OSError, StorageError, MissingDependencyError):  # what failed first is what is told
+        store = open_scores(output)
+        if not store.parts() and not (output / METRICS).exists():
+            store.clear()
+            (output / SCORES_URL).unlink(missing_ok=True)
+            if (output / SCORES).is_dir():
+                (output / SCORES).rmdir()
+            output.rmdir()
 
 
 def check_parts(store: ScoreStore, wanted: Iterable[int]) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_fast.ahead import one_ahead
+from dpo_fast.ahead import several_ahead
 from dpo_fast.bundle import ROLES
 from dpo_fast.errors import OutputExistsError, StorageError
 from dpo_fast.scores import ScoredPairs
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 PART_ROWS = 1024
 METADATA_KEY = b"dpo_fast"
 CHECKSUMS = "SHA256SUMS"
+READ_AHEAD = 8  # parts that are on their way at a time from an object store, which is far
 READERS = 16  # of checksums at once, where each waits for a server
 READINGS = 5  # of a part that is not the same twice
 WAY_OUT = "evaluate again, and it is computed again"
@@ -365,7 +366,8 @@ class ScoreStore:
         Raises:
             StorageError: a part is missing or damaged.
         """
-        return one_ahead(self.read_part, self.parts())
+        count = 1 if isinstance(self.storage, LocalFolder) else READ_AHEAD
+        return several_ahead(self.read_part, self.parts(), count)
 
     def _read_sound(self, part: int) -> bytes:
         """A part's file.

@@ -7,14 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.ahead import one_ahead
+from dpo_fast.ahead import one_ahead, several_ahead
 
 TIMEOUT = 60  # seconds, after which a thread that should have come this far never will
 
 
-@given(st.lists(st.integers()))
-def test_results_come_in_order(inputs: list[int]) -> None:
+@given(st.lists(st.integers()), st.integers(1, 4))
+def test_results_come_in_order(inputs: list[int], count: int) -> None:
     assert list(one_ahead(lambda number: number * 2, inputs)) == [number * 2 for number in inputs]
+    assert list(several_ahead(lambda number: number * 2, inputs, count)) == [number * 2 for number in inputs]
+
+
+def test_several_are_made_at_a_time() -> None:
+    """Three meet at a barrier, so none would come were fewer made at a time."""
+    barrier = threading.Barrier(3, timeout=TIMEOUT)
+
+    def make(number: int) -> int:
+        barrier.wait()
+        return number
+
+    assert list(several_ahead(make, range(6), 3)) == list(range(6))
 
 
 def test_the_next_is_made_while_the_last_is_used() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dpo_fast.cluster.options import ANY, AUTO, LOCAL
 from dpo_fast.errors import MissingDependencyError, UsageError, one_line
 
 CLIENT = "ray://"
+ANSWER_SECONDS = 10.0
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 HEAD = "node:__internal_head__"  # a resource that the head node alone has
 
@@ -76,6 +78,10 @@ def _connect(address: str) -> None:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells of each part that is lost; so do we
+    if address not in (ANY, AUTO, LOCAL):
+        host, _, port = address.removeprefix(CLIENT).rpartition(":")
+        # Ray itself asks for minutes.
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
     if address != ANY:
         _init(address)
         return

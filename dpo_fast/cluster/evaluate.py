@@ -118,7 +118,8 @@ def in_words(cluster: Gathered) -> str:
     where = f"Ray's dashboard: http://{cluster.dashboard}" if cluster.dashboard else (
         "Ray's dashboard comes with ray[default]"
     )  # fmt: skip
-    return f"{len(job.parts):,} parts for {who} ({takes} each) on {hosts}; {where}"
+    parts = f"{len(job.parts):,} parts" if len(job.parts) > 1 else "1 part"
+    return f"{parts} for {who} ({takes} each) on {hosts}; {where}"
 
 
 def _say_failed(path: Path, failed: list[FailedPart], parts: int) -> None:

@@ -96,9 +96,10 @@ def gathered(job: Job, options: ClusterOptions, engines: str) -> Iterator[Gather
         UsageError: no cluster answers, there is no room, or a node lacks something.
     """
     with connected(options.address) as dashboard:
-        resources = worker_resources(options, job.recipe_engine, nodes())
-        computing = [node for node in nodes() if room_for(resources, [node])]
-        workers = count_workers(options, resources, computing, len(job.parts))
+        there = nodes()
+        resources = worker_resources(options, job.recipe_engine, there)
+        workers = count_workers(options, resources, there, len(job.parts))
+        computing = [node for node in there if room_for(resources, [node])]
         if job.threads == 0 and "GPU" not in resources:
             job = replace(job, threads=int(resources.get("CPU", 0)))
         sights = look_around(job, computing)

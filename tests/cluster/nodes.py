@@ -1,6 +1,7 @@
 """Ray nodes on one machine, each with processes of its own, that can be lost and replaced."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ class Nodes:
         tests = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", tests.rstrip(os.pathsep))
-            self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                self.client_port = server.getsockname()[1]
+            head = {"num_cpus": 0, "include_dashboard": False, "ray_client_server_port": self.client_port}
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
             self.environment = dict(os.environ)
             self.workers: list[Any] = []
             self.restore(workers)

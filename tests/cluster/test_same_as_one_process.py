@@ -35,3 +35,15 @@ def test_workers(
     assert len(whole) <= workers
     assert provenance["this_process"]["scored_pairs"] == 188
     assert provenance["this_process"]["pairs_with_known_reference_scores"] == 0
+
+
+def test_a_driver_that_is_no_node(nodes: Nodes, bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    """By Ray Client: what hands out the parts runs in the cluster."""
+    nodes.restore(3)
+    cluster = ClusterOptions(f"ray://127.0.0.1:{nodes.client_port}", workers=2)
+    options = EvaluateOptions(part_size=8, on_error="skip", cluster=cluster)
+
+    evaluate(bundle, dataset, tmp_path / "run", options, engine=open_fake)
+
+    assert files(tmp_path / "run") == files(local)
+    assert numbers(tmp_path / "run") == numbers(local)

@@ -1,0 +1,212 @@
+"""A cluster of this machine's own: object storage, a real engine, plans, Ctrl-C, and what users get wrong."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_engines import ROWS, write_rows
+from s3_server import S3Server, s3
+from signals import send
+
+import dpo_fast.cli
+from dpo_fast.cluster.options import ClusterOptions
+from dpo_fast.errors import InputError, InterruptedRunError, UsageError
+from dpo_fast.evaluate import EvaluateOptions, evaluate
+from dpo_fast.plan import plan
+from dpo_fast.run_folder import open_scores
+
+from .compare import files, numbers
+from .engines import BadPart, SlowEngines, open_fake
+
+__all__ = ["s3"]
+pytestmark = pytest.mark.slow
+OPTIONS = EvaluateOptions(part_size=8, on_error="skip")
+CLUSTER = replace(OPTIONS, cluster=ClusterOptions("local", workers=2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session(s3: S3Server) -> Iterator[None]:
+    """Ray in this process, as a notebook has it; it is used, and left as it is."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+def test_parts_in_an_object_store(s3: S3Server, bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    """A store that fails now and then, at a random tenth of all requests for parts, at three draws of these."""
+    for seed in range(3):
+        chance = random.Random(seed)
+        run, url = tmp_path / f"run{seed}", f"{s3.make_bucket()}/run"
+        s3.fault = lambda method, path, chance=chance: 503 if "part-" in path and chance.random() < 0.1 else None
+        try:
+            evaluate(bundle, dataset, run, replace(CLUSTER, scores=url), engine=open_fake)
+        finally:
+            s3.fault = lambda method, path: None
+
+        assert numbers(run) == numbers(local)
+        assert (run / "scores.url").read_text() == f"{url}\n"
+        storage = open_scores(run).storage
+        there = {name: storage.read(name) for name in storage.names()}
+        assert there == {path.name: path.read_bytes() for path in (local / "scores").iterdir()}
+
+
+def test_what_one_process_began_workers_finish(bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    parts = sorted((local / "scores").glob("part-*.parquet"))
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedRunError):
+        evaluate(bundle, dataset, run, OPTIONS, engine=lambda bundle, role: _Stops(role))
+    begun = len(list((run / "scores").glob("part-*.parquet")))
+
+    metrics = evaluate(bundle, dataset, run, CLUSTER, engine=open_fake)
+
+    assert 0 < begun < len(parts)
+    assert files(run) == files(local)
+    assert numbers(run) == numbers(local)
+    assert metrics["provenance"]["this_process"]["scored_pairs"] < 188 - (begun - 1) * 8
+
+
+class _Stops:
+    """An engine that is stopped as it scores the tenth batch."""
+
+    def __init__(self, role: str) -> None:
+        self.engine = open_fake(None, role)  # type: ignore[arg-type]
+        self.name, self.precision = self.engine.name, self.engine.precision
+
+    def score(self, batch: Any) -> Any:
+        if len(self.engine.batches) == 10:
+            send(signal.SIGINT)
+        return self.engine.score(batch)
+
+
+def test_ctrl_c_says_how_to_go_on(bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "orders").mkdir()
+
+    with pytest.raises(InterruptedRunError, match=r"SIGINT: stopped with .* pairs scored.*run the same command again"):
+        evaluate(
+            bundle, dataset, run, CLUSTER, lambda line: send(signal.SIGINT), engine=SlowEngines(tmp_path / "orders")
+        )
+
+    assert not (run / "metrics.json").exists()
+    evaluate(bundle, dataset, run, CLUSTER, engine=open_fake)
+    assert files(run) == files(local)
+
+
+def test_a_real_engine_through_the_command_line(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    common = ["evaluate", str(tiny_bundle), "--dataset", pairs, "--part-size", "2", "--threads", "1"]
+    assert dpo_fast.cli.run([*common, "--output", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+
+    cluster = ["--cluster", "local", "--workers", "2"]
+    assert dpo_fast.cli.run([*common, "--output", str(tmp_path / "run"), *cluster]) == 0
+
+    said = capsys.readouterr()
+    assert "workers, " in said.out
+    assert "3 parts for 2 workers (CPU 1 each) on 1 node; Ray's dashboard" in said.err
+    assert files(tmp_path / "run") == files(tmp_path / "one")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "one")
+    assert dpo_fast.cli.run([*common, "--output", str(tmp_path / "planned"), *cluster, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["rows"], planned["parts"], planned["parts_there"]) == (5, 3, 0)
+    assert planned["workers"] == [2]
+    assert planned["resources_per_worker"] == {"CPU": 1}
+    assert planned["tokens_per_second"] > 0
+    assert planned["memory_bytes"] > 2**20
+    assert not (tmp_path / "planned").exists()
+    assert dpo_fast.cli.run([*common, "--output", str(tmp_path / "one"), "--dry-run"]) == 0
+    assert "3, 3 of them there already" in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_is_computed(bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    """Of rows that are all alike, the first part says exactly what all of them come to."""
+    rows = [{"prompt": "What is it?", "chosen": f" It {i:03}.", "rejected": f" No {i:03}."} for i in range(64)]
+    alike = write_rows(tmp_path / "alike.jsonl", rows)
+    planned = plan(bundle, alike, tmp_path / "run", OPTIONS, engine=open_fake)
+    metrics = evaluate(bundle, alike, tmp_path / "run", OPTIONS, engine=open_fake)
+
+    provenance = metrics["provenance"]
+    assert planned.tokens == provenance["computed_tokens"] - provenance["padding_tokens"]
+    assert planned.token_budget == provenance["token_budget"]
+    assert plan(bundle, alike, tmp_path / "run", OPTIONS, engine=open_fake).tokens == 0
+
+
+def test_a_row_that_cannot_be_used_stops_the_run_as_in_one_process(bundle: Path, dataset: str, tmp_path: Path) -> None:
+    said = []
+    for number, options in enumerate((OPTIONS, CLUSTER)):
+        with pytest.raises(InputError) as caught:
+            evaluate(bundle, dataset, tmp_path / str(number), replace(options, on_error="stop"), engine=open_fake)
+        said.append((str(caught.value), caught.value.exit_code))
+        assert not (tmp_path / str(number) / "metrics.json").exists()
+    assert said[0] == said[1]
+    assert said[0][1] == 2
+
+
+def test_more_than_there_is_room_for(bundle: Path, dataset: str, tmp_path: Path) -> None:
+    options = replace(OPTIONS, cluster=ClusterOptions("local", resources={"GPU": 1}))
+    with pytest.raises(UsageError, match=r"no node has what a worker takes \(CPU 1, GPU 1\): there is CPU 2"):
+        evaluate(bundle, dataset, tmp_path / "run", options, engine=open_fake)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_gone_through_again_and_nothing_is_computed(
+    bundle: Path, dataset: str, local: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(local, tmp_path / "run")
+    # An engine that would fail at any token is never asked.
+    metrics = evaluate(bundle, dataset, tmp_path / "run", CLUSTER, engine=BadPart(-1, dies=True))
+
+    assert metrics["provenance"]["this_process"]["computed_tokens"] == 0
+    assert files(tmp_path / "run") == files(local)
+    assert numbers(tmp_path / "run") == numbers(local)
+
+
+def test_a_cluster_that_is_started_for_a_run(tiny_bundle: Path, tmp_path: Path) -> None:
+    """In a process of its own: nothing of Ray's is on the screen, and no process is left."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    command = [sys.executable, "-m", "dpo_fast", "evaluate", str(tiny_bundle), "--dataset", pairs, "--output"]
+
+    done = subprocess.run(
+        [*command, str(tmp_path / "run"), "--cluster", "local", "--workers", "1", "--json"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)
+    assert np.isfinite(metrics["eval_loss"])
+    [line] = done.stderr.splitlines()
+    assert line.startswith("1 part for 1 worker (CPU ")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_no_cluster_answers(tiny_bundle: Path, tmp_path: Path, address: str) -> None:
+    """In a process of its own, which has no Ray yet."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    command = [sys.executable, "-m", "dpo_fast", "evaluate", str(tiny_bundle), "--dataset", pairs, "--output"]
+
+    done = subprocess.run(
+        [*command, str(tmp_path / "run"), "--cluster", address],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert f"--cluster {address}: no Ray cluster answers ([Errno 111] Connection refused)" in line
+    assert "ray start --head" in line
+    assert not (tmp_path / "run").exists()
