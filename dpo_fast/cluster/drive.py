@@ -53,7 +53,8 @@ class _Watch:
         ledger: the handle of its actor.
         crew: see there.
         say: told of what was done.
-        killed: when, and at which silence, by worker.
+        killed: when, by worker.
+        lost: since when a worker's node is missed.
     """
 
     ledger: Any
@@ -142,7 +143,7 @@ def drive(
     watch = _Watch(ledger, crew, say)
     for attempt in range(crew.attempts):
         missing = [part for part in job.parts if part not in done]
-        if not missing:
+        if not missing or is_cancelled():
             break
         if attempt:
             say(f"{len(missing)} parts failed or were lost: handed out again")

@@ -148,7 +148,7 @@ def score_on_cluster(cluster: Gathered, stop: Stop, progress: Progress, report: 
                 if cluster.is_client:
                     ray.cancel(far)
     finally:
-        ray.kill(ledger)
+        ray.kill(ledger)  # without which no worker begins another part
     return _put_together(job, outcomes)
 
 

@@ -12,6 +12,8 @@ from dpo_fast.evaluate import EvaluateOptions, evaluate
 from .engines import open_fake
 from .nodes import Nodes
 
+RARE = "€"  # no other row has it
+
 
 @pytest.fixture(scope="session")
 def nodes() -> Iterator[Nodes]:
@@ -34,6 +36,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
         for i in range(190)
     ]
     rows[17]["chosen"] = rows[100]["rejected"] = ""
+    rows[188]["prompt"] = f"How much is {RARE}5?"
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
 
 

@@ -22,6 +22,7 @@ from dpo_fast.errors import CheckFailedError, PartsFailedError
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 
 from .compare import files, numbers
+from .conftest import RARE
 from .engines import BadPart, SlowEngines
 from .nodes import Nodes
 
@@ -147,9 +148,9 @@ def test_the_driver_is_killed(run: Run, local: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["NaN", "its process ends"])
-def test_a_part_that_always_fails(run: Run, local: Path, dies: bool) -> None:
+def test_a_part_that_always_fails(run: Run, bundle: Path, local: Path, dies: bool) -> None:
     """All other parts are done; when the cause is mended, the same command does the rest."""
-    token = 0
+    token = token_of(bundle, RARE)
     run.options = replace(run.options, cluster=replace(run.options.cluster, attempts=2))
 
     with pytest.raises(PartsFailedError, match=r"1 of 24 parts failed each time \(part 23, rows 185 to 190: "):
@@ -158,13 +159,23 @@ def test_a_part_that_always_fails(run: Run, local: Path, dies: bool) -> None:
     assert len(list(run.output.glob("scores/part-*.parquet"))) == 23
     [failed] = [json.loads(line) for line in (run.output / "failed.jsonl").read_text().splitlines()]
     assert (failed["part"], failed["rows"]) == (23, [185, 190])
-    assert failed["reason"] == ("its worker died or hung 2 times" if dies else "NaN")
+    assert failed["reason"].startswith(
+        "its worker died or hung 2 times" if dies else "row 189: the engine returned log_p"
+    )
     assert not (run.output / "metrics.json").exists()
     run.evaluate()
     assert files(run.output) == files(local)
     assert not (run.output / "failed.jsonl").exists()
 
 
-def test_nothing_works(run: Run) -> None:
+def test_nothing_works(run: Run, bundle: Path) -> None:
     with pytest.raises(CheckFailedError, match=r"the first \d+ parts all failed: "):
-        evaluate(run.bundle, run.dataset, run.output, run.options, engine=BadPart(-1, dies=False))
+        evaluate(run.bundle, run.dataset, run.output, run.options, engine=BadPart(token_of(bundle, "?"), dies=False))
+
+
+def token_of(bundle: Path, text: str) -> int:
+    """The last token of a text."""
+    from transformers import AutoTokenizer
+
+    tokens: list[int] = AutoTokenizer.from_pretrained(bundle / "policy")(text, add_special_tokens=False)["input_ids"]
+    return tokens[-1]
