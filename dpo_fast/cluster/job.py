@@ -57,6 +57,8 @@ class Job:
             BundleError: it is not there, or another one is.
         """
         os.environ.update(self.environment)
+        if self.threads:  # of the tokenizer too, or the workers of a machine would be in each other's way
+            os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))
         where = "put the bundle on a folder that all nodes share, or copy it to the same path on each"
         manifest = self.bundle / MANIFEST
         if not manifest.is_file():
