@@ -27,7 +27,8 @@ What is assumed of the queues:
 - A block is one part; where there are more than `most_blocks` parts, several consecutive ones. A worker has
   `blocks_in_flight` blocks at a time, each in a thread of its own that takes its parts in turn: prepare, engine,
   write. The engine takes one part at a time, first come first served, so that one part is prepared, or written, while
-  another is on the engine. Threads of one worker do not slow each other down otherwise.
+  another is on the engine. A worker tokenises one part at a time; where the tokens were made before, its threads do not
+  slow each other down otherwise.
 - The store is one server for all workers: a transfer takes it the time that its requests and its bytes are at the
   store's own limits, and takes the worker at least its latencies and its bytes at the worker's own bandwidth.
 - Parts differ in their tokens by a gamma distribution of mean 1; nothing else varies. Workers die at exponentially
@@ -130,7 +131,9 @@ class Parameters:
     ledger_seconds_per_message: float = _parameter(5e-4, "s", "of the ledger's actor")
 
     # The merge.
-    merge_parts_ahead: int = _parameter(1, "parts", "that are read at a time, while one is summed", "dpo_fast.ahead")
+    merge_parts_ahead: int = _parameter(
+        8, "parts", "that are read at a time, while one is summed", "dpo_fast.store.READ_AHEAD"
+    )
     merge_requests_per_part: float = _parameter(1.0, "requests", "to read a part")
     merge_seconds_per_pair: float = _parameter(
         9.8e-6,
@@ -242,7 +245,7 @@ REMEDIES = {
 
 
 # Events, in a worker's own life; a worker that died hears of none that were meant for it.
-_UP, _FREE, _HANDED, _PREPARED, _SCORED, _WRITTEN, _DIED = range(7)
+_UP, _FREE, _HANDED, _PREPARED, _SCORED, _WRITTEN, _DIED, _READ = range(8)
 
 
 class _Block:
@@ -302,6 +305,8 @@ class _Run:
         self.life = [0] * workers
         self.driver, self.store_requests, self.store_bytes = _Server(), _Server(), _Server()
         self.engines = [_Server() for _ in range(workers)]
+        self.tokenizers = [_Server() for _ in range(workers)]
+        self.cached = cached
         self.seconds_per_block = parameters.seconds_per_block + workers * parameters.seconds_per_block_and_worker
         self.first_engine = [math.inf] * workers
         self.last_engine = [0.0] * workers
@@ -344,7 +349,16 @@ class _Run:
         start = p.driver_start_seconds + p.fingerprint_seconds_per_pair * self.pairs
         for worker in range(self.workers):
             self.at(start + (worker // p.parallel_starts + 1) * p.worker_start_seconds, _UP, worker)
-        handlers = (self._up, self._ask, self._handed, self._prepared, self._scored, self._written, self._died)
+        handlers = (
+            self._up,
+            self._ask,
+            self._handed,
+            self._prepared,
+            self._scored,
+            self._written,
+            self._died,
+            self._read,
+        )
         left = self.parts
         most_deaths = 20 * (self.workers + self.parts)
         while True:
@@ -377,14 +391,21 @@ class _Run:
         self.at(self.driver.serve(now, self.seconds_per_block) + self.seconds_per_block, _HANDED, worker, block)
 
     def _handed(self, now: float, worker: int, block: _Block | None) -> None:
-        """A thread begins the next part of its block: it reads and prepares."""
+        """A thread begins the next part of its block: it reads."""
         assert block is not None
         part = block.next
         self.times_begun += 1
+        self.threads_busy += self.read[part]
         read = self._transfer(now, self.read[part], self.read_requests, self.read_of_store[part])
-        own = self.prepare[part] * self.slowness[worker]
-        self.threads_busy += self.read[part] + own
-        self.at(read + own, _PREPARED, worker, block)
+        self.at(read, _READ, worker, block)
+
+    def _read(self, now: float, worker: int, block: _Block | None) -> None:
+        """A part is prepared: at once if its tokens were there, else when the worker's tokenizer comes to it."""
+        assert block is not None
+        own = self.prepare[block.next] * self.slowness[worker]
+        self.threads_busy += own
+        begun = now if self.cached else self.tokenizers[worker].serve(now, own)
+        self.at(begun + own, _PREPARED, worker, block)
 
     def _prepared(self, now: float, worker: int, block: _Block | None) -> None:
         """A part waits for the engine, and goes through it."""
@@ -426,7 +447,7 @@ class _Run:
         engine = self.engines[worker]
         self.last_engine[worker] = max(self.last_engine[worker], min(engine.free, now))
         engine.busy -= max(0.0, engine.free - now)
-        engine.free = now
+        engine.free = self.tokenizers[worker].free = now
         self.pending.extendleft(reversed(lost))
         self.at(now + self.p.seconds_until_restart + self.p.worker_start_seconds, _UP, worker)
         while self.pending and self.waiting:

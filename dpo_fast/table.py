@@ -64,7 +64,8 @@ def _time(timing: dict[str, float], provenance: dict[str, Any]) -> str:
     if process is not None:
         seconds = max(timing["score_seconds"], 1e-9)
         pairs, tokens = process["scored_pairs"] / seconds, process["computed_tokens"] / seconds
-        busy = min(process["engine_seconds"] / seconds, 1)
+        workers = len(provenance.get("cluster", {}).get("workers", ())) or 1
+        busy = min(process["engine_seconds"] / seconds / workers, 1)
         scoring += f" ({pairs:,.1f} pairs/s, {tokens:,.0f} tokens/s; engines busy {busy:.0%} of it)"
         if known := process["pairs_with_known_reference_scores"]:
             scoring += f", the reference's scores of {known:,} pairs being known"

@@ -109,11 +109,23 @@ def test_two_threads_can_be_the_limit() -> None:
     A  prepare 0-14, engine 14-24, write 24-30, prepare 30-44, engine 44-54, write 54-60
     B  prepare 0-14, engine 24-34, write 34-40, prepare 40-54, engine 54-64, write 64-70
     """
+    parameters = change(FREE, {"prepare_seconds_per_cached_pair": 1.4, "encode_seconds_per_pair": 0.6})
+
+    assert simulate(parameters, 40, 1, cached=True).wall_seconds == approx(70)
+    assert simulate(parameters, 4000, 1, cached=True).limit == "threads"
+    assert simulate(change(parameters, {"blocks_in_flight": 4}), 4000, 1, cached=True).limit == "engines"
+
+
+def test_a_worker_tokenises_one_part_at_a_time() -> None:
+    """The same where tokens are made: the tokenizer's 14 s a part are the limit, and the last part is written::
+
+    A  prepare 0-14, engine 14-24, write 24-30; prepare 30-44, engine 44-54, write 54-60
+    B  prepare 14-28, engine 28-38, write 38-44; prepare 44-58, engine 58-68, write 68-74
+    """
     parameters = change(FREE, {"prepare_seconds_per_pair": 1.4, "encode_seconds_per_pair": 0.6})
 
-    assert simulate(parameters, 40, 1).wall_seconds == approx(70)
-    assert simulate(parameters, 4000, 1).limit == "threads"
-    assert simulate(change(parameters, {"blocks_in_flight": 4}), 4000, 1).limit == "engines"
+    assert simulate(parameters, 40, 1).wall_seconds == approx(74)
+    assert simulate(change(parameters, {"blocks_in_flight": 4}), 4000, 1).limit == "threads"
 
 
 def test_the_driver_can_be_the_limit() -> None:

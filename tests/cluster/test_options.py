@@ -1,15 +1,16 @@
 """What is said of a cluster, and how many workers it has room for."""
 
+import sys
 from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.cluster.connection import Node
+from dpo_fast.cluster.connection import Node, connected
 from dpo_fast.cluster.options import ClusterOptions, check_cluster_options, parse_address, parse_resources
 from dpo_fast.cluster.room import count_workers, room_for, worker_resources
-from dpo_fast.errors import UsageError
+from dpo_fast.errors import MissingDependencyError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,12 @@ def test_no_resources(said: str) -> None:
 def test_amounts_of_no_use(options: ClusterOptions, name: str) -> None:
     with pytest.raises(UsageError, match=name):
         check_cluster_options(options)
+
+
+def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"dpo-fast\[ray\]"), connected("local"):
+        pass
 
 
 def cluster(*nodes: dict[str, float]) -> list[Node]:
