@@ -8,6 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
+SMALL = {"object_store_memory": 100 * 2**20}  # bytes, in place of a third of the machine's for each node
+
 
 class Nodes:
     """A head, which runs no worker, and nodes of one CPU each."""
@@ -21,7 +23,7 @@ class Nodes:
             patch.setenv("PYTHONPATH", tests.rstrip(os.pathsep))
             with socket.create_server(("127.0.0.1", 0)) as server:
                 self.client_port = server.getsockname()[1]
-            head = {"num_cpus": 0, "include_dashboard": False, "ray_client_server_port": self.client_port}
+            head = {"num_cpus": 0, "include_dashboard": False, "ray_client_server_port": self.client_port, **SMALL}
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
             self.environment = dict(os.environ)
             self.workers: list[Any] = []
@@ -40,7 +42,7 @@ class Nodes:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
             while len(self.workers) < workers:
-                self.workers.append(self.cluster.add_node(num_cpus=1))
+                self.workers.append(self.cluster.add_node(num_cpus=1, **SMALL))
 
     def scoring(self) -> list[psutil.Process]:
         """The processes that score parts, of these nodes alone."""

@@ -26,6 +26,7 @@ from dpo_fast.run_folder import open_scores
 
 from .compare import files, numbers
 from .engines import BadPart, SlowEngines, open_fake
+from .nodes import SMALL
 
 __all__ = ["s3"]
 pytestmark = pytest.mark.slow
@@ -40,7 +41,8 @@ def session(s3: S3Server) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        quiet = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+        ray.init(address="local", num_cpus=2, **SMALL, **quiet)
     yield
     assert ray.is_initialized()
     ray.shutdown()
