@@ -1,11 +1,13 @@
 """A cluster of several nodes on this machine, and what its workers score."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engines import make_fake_bundle, write_rows
+from s3_server import S3Server, s3_server
 
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 
@@ -16,9 +18,20 @@ RARE = "€"  # no other row has it
 
 
 @pytest.fixture(scope="session")
-def nodes() -> Iterator[Nodes]:
-    """A head, which runs no worker, and three nodes of one CPU each."""
-    made = Nodes(workers=3)
+def object_store() -> Iterator[S3Server]:
+    """An S3-compatible server; what leads there is set for the nodes, and for tests that say so."""
+    before = dict(os.environ)
+    with s3_server() as server:
+        for name in server.environment:
+            del os.environ[name]
+        os.environ.update({name: before[name] for name in server.environment if name in before})
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nodes(object_store: S3Server) -> Iterator[Nodes]:
+    """A head, which runs no worker, and three nodes of one CPU each: the one cluster of this process."""
+    made = Nodes(3, object_store.environment)
     yield made
     made.shutdown()
 

@@ -2,11 +2,12 @@
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
-import pytest
 
 SMALL = {"object_store_memory": 100 * 2**20}  # bytes, in place of a third of the machine's for each node
 
@@ -14,20 +15,19 @@ SMALL = {"object_store_memory": 100 * 2**20}  # bytes, in place of a third of th
 class Nodes:
     """A head, which runs no worker, and nodes of one CPU each."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, environment: Mapping[str, str]) -> None:
         from ray.cluster_utils import Cluster
 
         # What workers import, they import from here.
         tests = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", tests.rstrip(os.pathsep))
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                self.client_port = server.getsockname()[1]
-            head = {"num_cpus": 0, "include_dashboard": False, "ray_client_server_port": self.client_port, **SMALL}
+        self.environment = {**environment, "PYTHONPATH": tests.rstrip(os.pathsep)}
+        self.workers: list[Any] = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.client_port = server.getsockname()[1]
+        head = {"num_cpus": 0, "include_dashboard": False, "ray_client_server_port": self.client_port, **SMALL}
+        with patch.dict(os.environ, self.environment):
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
-            self.environment = dict(os.environ)
-            self.workers: list[Any] = []
-            self.restore(workers)
+        self.restore(workers)
 
     @property
     def address(self) -> str:
@@ -39,8 +39,7 @@ class Nodes:
 
     def restore(self, workers: int) -> None:
         """As many nodes as there were."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
+        with patch.dict(os.environ, self.environment):
             while len(self.workers) < workers:
                 self.workers.append(self.cluster.add_node(num_cpus=1, **SMALL))
 
