@@ -1,6 +1,6 @@
 """What an evaluation is asked to do: options, roles, truncation, parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -141,7 +141,7 @@ class Evaluation:
         first, end = (shard - 1) * len(parts) // shards, shard * len(parts) // shards
         return {number: parts[number] for number in range(first, end)}
 
-    def prepare_store(self, parts: dict[int, tuple[int, int]]) -> None:
+    def prepare_store(self, parts: Iterable[int]) -> None:
         """Remove what a killed process left half written, and what is to be replaced; refuse another run's parts.
 
         Raises:

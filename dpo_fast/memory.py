@@ -19,12 +19,17 @@ def fit_together(bundle: Bundle, roles: Sequence[str]) -> bool:
     entries = {bundle.manifest.models[role].engine_graph: bundle.manifest.models[role] for role in roles}
     if len(entries) == 1:
         return True
-    if any(name in bundle.manifest.recipe["engine"] for name in ("cuda", "tensorrt")):
+    if runs_on_gpu(bundle.manifest.recipe["engine"]):
         available = available_device_memory()
         # Where the driver does not say, an engine that lacks the memory will.
         return available is None or sum(_device_bytes(bundle, each) for each in entries.values()) <= SHARE * available
     parameters = sum(entry.parameters for entry in entries.values())
     return parameters * BYTES_PER_PARAMETER <= SHARE * available_memory()
+
+
+def runs_on_gpu(engine: str) -> bool:
+    """Whether a recipe's engine has its weights on a GPU."""
+    return any(name in engine for name in ("cuda", "tensorrt"))
 
 
 def _device_bytes(bundle: Bundle, entry: ModelEntry) -> int:

@@ -287,35 +287,6 @@ class TokenCache:
         return chunk
 
 
-def open_tokens(
-    dataset: str,
-    tokenizer_folder: Path,
-    tokenizer_hashes: Mapping[str, str],
-    *,
-    max_length: int,
-    vocabulary: int,
-    split: str | None = None,
-    limit: int | None = None,
-    group_by: str | None = None,
-    on_error: OnError = "stop",
-    trust_remote_code: bool = False,
-) -> TokenCache:
-    """Open a preference set as token ids; arguments and errors are those of `find_tokens`."""
-    source = find_tokens(
-        dataset,
-        tokenizer_folder,
-        tokenizer_hashes,
-        max_length=max_length,
-        vocabulary=vocabulary,
-        split=split,
-        limit=limit,
-        group_by=group_by,
-        on_error=on_error,
-        trust_remote_code=trust_remote_code,
-    )
-    return TokenCache(source)
-
-
 def find_tokens(
     dataset: str,
     tokenizer_folder: Path,

@@ -30,7 +30,7 @@ from dpo_fast import token_cache, token_chunks
 from dpo_fast.cache_folder import cache_folder
 from dpo_fast.errors import BundleError, CheckpointError, DatasetError, RowError, StorageError
 from dpo_fast.preferences import PreferenceSet, load_preferences
-from dpo_fast.token_cache import SET, DataSet, TokenCache, TokenSource, find_tokens, of_the_tokenizer, open_tokens
+from dpo_fast.token_cache import SET, DataSet, TokenCache, TokenSource, find_tokens, of_the_tokenizer
 from dpo_fast.tokens import load_tokenizer, tokenize
 from dpo_fast.types import SkippedRow, TokenizedPair
 
@@ -64,7 +64,7 @@ def open_set(tokenizer_folder: Path) -> Iterator[Open]:
     def open_one(dataset: str, *, folder: Path = tokenizer_folder, **options: Any) -> TokenCache:
         hashes = options.pop("hashes", HASHES)
         options = {"max_length": 64, "vocabulary": 500, **options}
-        opened.append(open_tokens(dataset, folder, hashes, **options))
+        opened.append(TokenCache(find_tokens(dataset, folder, hashes, **options)))
         return opened[-1]
 
     yield open_one

@@ -15,6 +15,7 @@ from dpo_fast.cluster.connection import nodes
 from dpo_fast.cluster.job import Job
 from dpo_fast.cluster.ledger import SilentWorker, Snapshot
 from dpo_fast.cluster.outcome import Outcome
+from dpo_fast.cluster.room import ray_options
 from dpo_fast.cluster.worker import PartWorker
 from dpo_fast.errors import CheckFailedError, InputError, one_line
 
@@ -63,7 +64,7 @@ class _Watch:
     killed: dict[str, float] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
 
-    def look(self) -> Snapshot:
+    def look(self) -> None:
         """Kill the silent, give up those that cannot come back.
 
         Raises:
@@ -84,7 +85,6 @@ class _Watch:
                 self._lose(worker, now)
             elif worker.seconds > self.crew.patience:
                 self._kill(worker, now)
-        return snapshot
 
     def _lose(self, worker: SilentWorker, now: float) -> None:
         """Give up a worker whose node is lost, if it has had the time to start on another one."""
@@ -207,7 +207,6 @@ def _pipeline(job: Job, crew: Crew, ledger: Any, parts: Iterable[int]) -> "ray.d
     context.max_errored_blocks = -1  # of a worker that was given up; they come in the next pass
     rows = [{"part": part} for part in parts]
     data = ray.data.from_items(rows, override_num_blocks=min(len(rows), LARGEST_HAND_OUT))
-    takes = dict(crew.resources)
     for stage, size in zip(job.stages(apart=len(crew.sizes) > 1), crew.sizes, strict=True):
         data = data.map_batches(
             PartWorker,
@@ -220,9 +219,6 @@ def _pipeline(job: Job, crew: Crew, ledger: Any, parts: Iterable[int]) -> "ray.d
                 max_concurrent_calls_per_actor=IN_FLIGHT,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=takes.get("CPU", 0),
-            num_gpus=takes.get("GPU") or None,
-            memory=takes.get("memory") or None,
-            resources={name: each for name, each in takes.items() if name not in ("CPU", "GPU", "memory")} or None,
+            **ray_options(crew.resources),
         )
     return data

@@ -43,7 +43,7 @@ def score_with_workers(evaluation: Evaluation, options: ClusterOptions, report: 
     began = time.perf_counter()
     failures = evaluation.output / FAILED
     job = job_of(evaluation)
-    evaluation.prepare_store(dict(job.parts))
+    evaluation.prepare_store(job.parts)
     failures.unlink(missing_ok=True)
     with gathered(job, options, evaluation.options.engines) as cluster:
         budget = known_token_budget(evaluation.options, evaluation.bundle, job.store, job.parts)

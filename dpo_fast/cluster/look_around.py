@@ -23,14 +23,12 @@ class Sight:
         host: its name.
         fault: why no worker can run there, or None.
         fits: whether the engines of all roles have room in its memory together.
-        versions: of the packages there.
         hardware: of the node.
     """
 
     host: str
     fault: str | None
     fits: bool
-    versions: dict[str, str]
     hardware: dict[str, str | int]
 
 
@@ -88,4 +86,4 @@ def _look(job: Job, marker: str, wanted: dict[str, str]) -> Sight:
             )
     except DpoFastError as error:
         fault = str(error)
-    return Sight(platform.node(), fault, fits, versions(), hardware())
+    return Sight(platform.node(), fault, fits, hardware())

@@ -4,7 +4,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from dpo_fast.batches import Batch, arrange, longest_row, make_batches
 from dpo_fast.cluster.job import Job
+from dpo_fast.cluster.room import ray_options
 from dpo_fast.cluster.run import Gathered
 from dpo_fast.errors import DpoFastError, InputError
 from dpo_fast.loading import Engines
@@ -172,14 +172,6 @@ def _call(function: Any, job: Job) -> tuple[Any, str | None]:
         return function(job), None
     except DpoFastError as error:
         return None, str(error)
-
-
-def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """Amounts by Ray's names, as Ray's arguments."""
-    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-    custom = {name: amount for name, amount in resources.items() if name not in named}
-    options: dict[str, Any] = {argument: resources[name] for name, argument in named.items() if resources.get(name)}
-    return {"num_cpus": 0} | options | ({"resources": custom} if custom else {})
 
 
 def _spread(batches: list[Batch]) -> list[Batch]:

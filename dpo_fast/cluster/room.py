@@ -1,10 +1,12 @@
 """How many workers a cluster has room for, and what one of them takes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dpo_fast.cluster.connection import Node
 from dpo_fast.cluster.options import ClusterOptions
 from dpo_fast.errors import UsageError
+from dpo_fast.memory import runs_on_gpu
 
 
 def worker_resources(options: ClusterOptions, engine: str, nodes: Sequence[Node]) -> dict[str, float]:
@@ -17,7 +19,7 @@ def worker_resources(options: ClusterOptions, engine: str, nodes: Sequence[Node]
     """
     if options.resources is not None:
         return {"CPU": 1.0, **options.resources} if "GPU" in options.resources else dict(options.resources)
-    if any(name in engine for name in ("cuda", "tensorrt")):
+    if runs_on_gpu(engine):
         return {"GPU": 1.0, "CPU": 1.0}
     computing = [node.resources["CPU"] for node in nodes if node.resources.get("CPU", 0) >= 1] or [1.0]
     if options.workers is None:
@@ -48,6 +50,14 @@ def count_workers(options: ClusterOptions, resources: Mapping[str, float], nodes
             f"no node has what a worker takes ({wanted}): there is {there}; lower --resources-per-worker, or add nodes"
         )
     return max(1, min(options.workers or room, room, parts))
+
+
+def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Amounts by Ray's names, as Ray's arguments."""
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    custom = {name: amount for name, amount in resources.items() if name not in named}
+    options: dict[str, Any] = {argument: resources[name] for name, argument in named.items() if resources.get(name)}
+    return {"num_cpus": 0} | options | ({"resources": custom} if custom else {})
 
 
 def _in_words(node: Node) -> str:

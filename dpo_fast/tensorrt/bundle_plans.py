@@ -26,7 +26,7 @@ from dpo_fast.tensorrt.package import PACKAGES, count_gpus, import_package
 from dpo_fast.tensorrt.plans import Plans, Profile, read_plans, write_plans
 from dpo_fast.tensorrt.profiles import BatchShapes, batch_shapes, choose_profiles, describe, uses_of
 from dpo_fast.tensorrt.refit import refit_plan
-from dpo_fast.token_cache import of_the_tokenizer, open_tokens
+from dpo_fast.token_cache import TokenCache, find_tokens, of_the_tokenizer
 
 
 def check_build_options(recipe: Recipe, options: BuildOptions) -> None:
@@ -228,7 +228,7 @@ def _read_shapes(
     """
     assert options.profile_from is not None
     files = [path for path in sorted((folder / POLICY).iterdir()) if path.is_file() and of_the_tokenizer(path.name)]
-    tokens = open_tokens(
+    source = find_tokens(
         options.profile_from,
         folder / POLICY,
         {f"{POLICY}/{path.name}": sha256(path) for path in files},
@@ -238,6 +238,7 @@ def _read_shapes(
         on_error="skip",
         trust_remote_code=trust_remote_code,
     )
+    tokens = TokenCache(source)
     limit = min(recipe.token_budget, longest_row(layout, max_length))
     try:
         tokens.make_ahead(0, tokens.rows)
