@@ -176,7 +176,8 @@ def test_the_ledger_can_be_the_limit() -> None:
 
 def test_the_merge() -> None:
     """Three parts, each read in 2 s and summed in 3: 2 + 3 x 3; summed in 1: 3 x 2 + 1; two ahead: 2 + 2 x 1 + 1."""
-    parameters = change(FREE, {"request_seconds": 2, "merge_seconds_per_pair": 0.3, "finish_requests_per_part": 0})
+    one_ahead = {"request_seconds": 2, "finish_requests_per_part": 0, "merge_parts_ahead": 1}
+    parameters = change(FREE, {**one_ahead, "merge_seconds_per_pair": 0.3})
     assert merge_seconds(parameters, 30) == approx(11)
     quick = change(parameters, {"merge_seconds_per_pair": 0.1})
     assert merge_seconds(quick, 30) == approx(7)
