@@ -25,21 +25,22 @@
 A message names the value, the place (file, row, tensor) and the way out, in one line.
 """
 
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """What another library's error says, for a message of ours: on one line, and shortened to so many characters."""
-    return " ".join(str(error).split())[:limit]
-
-
-def named_line(error: BaseException) -> str:
-    """The same with the error's class first, where what it says alone may say nothing."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+from typing import Any
 
 
 class DpoFastError(Exception):
     """Base of the tree; `exit_code` is what the command line returns for it."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers send errors home: made anew without `__init__`, whose arguments are other ones in some classes.
+        return _made_anew, (type(self), self.args), self.__dict__
+
+
+def _made_anew(kind: type[DpoFastError], args: tuple[Any, ...]) -> DpoFastError:
+    """An error as it was before it travelled."""
+    return kind.__new__(kind, *args)
 
 
 class InputError(DpoFastError):

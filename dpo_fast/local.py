@@ -14,7 +14,7 @@ from dpo_fast.loading import Engines
 from dpo_fast.memory import fit_together
 from dpo_fast.progress import Progress
 from dpo_fast.reference_scores import KnownScores, ReferenceCache, ScoresOfRun
-from dpo_fast.scoring import Account, ScoredRun, Work, score_parts
+from dpo_fast.scoring import Account, ScoredRun, Turn, Work, score_parts
 from dpo_fast.store import ScoreStore
 from dpo_fast.token_budget import tune_token_budget
 from dpo_fast.token_cache import TokenCache
@@ -78,10 +78,11 @@ def score_locally(evaluation: Evaluation) -> ScoredRun:
         del first_engine, sample  # an engine that somebody holds keeps its memory
         account = Account()
         progress = stack.enter_context(Progress(rows[1] - rows[0], shown=options.progress))
-        for number, to_score in enumerate(passes):
+        for number, roles_in_memory in enumerate(passes):
             if number > 0:
                 engines.release()
-            score_parts(work, to_score, engines.get, evaluation.stop, progress, account, share=1 / len(passes))
+            turn = Turn(roles_in_memory, engines.get, evaluation.stop, progress, account, share=1 / len(passes))
+            score_parts(work, turn)
         score_seconds = time.perf_counter() - started - account.waited_for_tokens
     return ScoredRun(
         account=account,

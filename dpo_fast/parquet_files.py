@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from dpo_fast.errors import UsageError
-from dpo_fast.row_groups import file_system
+from dpo_fast.remote import open_url, retrying
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -105,16 +105,20 @@ def at_url(url: str) -> ParquetFiles:
             "--dataset: a URL with a user, a password or a `?` would be written into the results; give credentials as "
             "the file system wants them (for s3:// in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         )
+    if "::" in url:
+        raise UsageError(f"--dataset {url!r}: is a chain of URLs ('::'); name the last one alone")
     if url.startswith("hf://"):
         raise UsageError(f"--dataset {url!r}: a data set on the Hub is written owner/name")
-    system, protocol = file_system(url), url.partition("://")[0]
+    system, protocol = open_url(url)[0], url.partition("://")[0]
     system.invalidate_cache()  # what was listed an hour ago
     url = url.rstrip("/")
     folder = "*" not in url and not url.endswith(SUFFIX)
     if folder:
-        found = system.find(url, detail=True)
+        found = retrying(lambda: system.find(url, detail=True))
+    elif "*" in url:
+        found = retrying(lambda: system.glob(url, detail=True))
     else:
-        found = system.glob(url, detail=True) if "*" in url else {url: system.info(url)}
+        found = {url: retrying(lambda: system.info(url))}
     found = {path if "://" in path else f"{protocol}://{path}": known for path, known in sorted(found.items())}
     contents = {
         place: (int(known["size"] or 0), next((str(known[key]) for key in CONTENT if known.get(key)), ""))

@@ -39,6 +39,7 @@ from dpo_fast.errors import DatasetError, InputError, RowError, StorageError, Us
 from dpo_fast.files import sha256
 from dpo_fast.parquet_files import SUFFIX, URL, ParquetFiles, ParquetSplit, at_url, of_builder
 from dpo_fast.row_groups import RowGroupIndex, RowGroups, read_index
+from dpo_fast.text import without_secrets
 from dpo_fast.types import Message, OnError, PreferenceRow, SkippedRow, Text
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ LOADERS = {
 # An owner is asked for: a bare name such as `json` would be one of the library's loaders, which reads whatever lies in
 # the working folder.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 _COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 # What an assistant's message may have in place of content.
 _INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking")
@@ -594,7 +594,7 @@ def _unreadable(name: str, error: Exception, hint: str | None) -> DatasetError |
     said = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     if "corresponds to no data" in str(said):  # a file of blank lines, in the library's words
         return DatasetError(f"{name!r} has no rows")
-    message = shown(_HUB_TOKEN.sub("hf_...", str(said))) if str(said) else type(said).__name__
+    message = shown(without_secrets(str(said))) if str(said) else type(said).__name__
     return DatasetError(f"{name!r} cannot be read: " + (hint or message) + (f" ({message})" if hint else ""))
 
 

@@ -9,35 +9,25 @@ library's own cast makes the other files' fit them. Columns that are not used ar
 library would refuse is not noticed.
 """
 
-import errno
-import re
 import threading
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import DatasetError, MissingDependencyError, UsageError
-from dpo_fast.text import one_line
+from dpo_fast.remote import ATTEMPTS, may_pass, open_url, retrying
+from dpo_fast.text import one_line, said_by
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
-Result = TypeVar("Result")
-
 ROWS_DECODED = 256  # at a time
 BUFFER = 1 << 21  # bytes, of each column
 FOOTERS_AT_ONCE = 16
-WAITS = (0.5, 2.0)  # seconds before a read that failed is tried again; the Hub's and S3's clients have tried for longer
-# What a network, or a file server, may say once and not again.
-PASSING_ERRNOS = {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE}
-PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
-CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
-_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)\S+|(?<=://)[^/\s@]+(?=@)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +95,7 @@ def read_index(
         try:
             _fit(schema.empty_table(), features)
         except Exception as error:
-            raise DatasetError(f"{place!r} does not fit the set's first file: {_said(error)}") from error
+            raise DatasetError(f"{place!r} does not fit the set's first file: {said_by(error)}") from error
     return RowGroupIndex(tuple(files), features, len(files) == len(places))
 
 
@@ -227,11 +217,11 @@ class _Reader:
         try:
             table.validate(full=True)
         except ValueError as error:
-            raise DatasetError(f"{where}: there is what is no text: mend it ({_said(error)})") from error
+            raise DatasetError(f"{where}: there is what is no text: mend it ({said_by(error)})") from error
         try:
             table = _fit(table.select([name for name in self._features if name in table.column_names]), self._features)
         except Exception as error:
-            raise DatasetError(f"{where}: do not fit the set's first file ({_said(error)})") from error
+            raise DatasetError(f"{where}: do not fit the set's first file ({said_by(error)})") from error
         return Dataset(InMemoryTable(table), info=DatasetInfo(features=self._features), fingerprint="rows")
 
 
@@ -249,7 +239,9 @@ def _features(place: str, schema: "pa.Schema") -> "Features":
     try:
         return Features.from_arrow_schema(schema)
     except Exception as error:
-        raise DatasetError(f"{place!r} has columns that the datasets library does not know: {_said(error)}") from error
+        raise DatasetError(
+            f"{place!r} has columns that the datasets library does not know: {said_by(error)}"
+        ) from error
 
 
 def _groups(parquet: Any) -> tuple[int, ...]:
@@ -279,14 +271,15 @@ class _FileElsewhere:
 
     def __init__(self, url: str) -> None:
         # No cache: each column is read through a buffer of its own, and going from one to another would only empty it.
-        self._file = _tried_again(lambda: file_system(url).open(url, "rb", cache_type="none"))
+        filesystem, path = open_url(url)
+        self._file = retrying(lambda: filesystem.open(path, "rb", cache_type="none"))
         if self._file.size is None:
             raise DatasetError(f"{url!r}: its server does not say how long it is; download it, and give the file")
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:
         size = max(0, min(self._file.size - self._position, size if size >= 0 else self._file.size))
-        content = _tried_again(lambda: self._read(self._position, size))
+        content = retrying(lambda: self._read(self._position, size))
         self._position += size
         return content
 
@@ -312,54 +305,6 @@ class _FileElsewhere:
         self._file.close()
 
 
-def file_system(url: str) -> Any:
-    """The fsspec file system of a URL.
-
-    Raises:
-        MissingDependencyError: its package is not installed.
-        UsageError: there is no such file system.
-    """
-    import fsspec
-
-    protocol = url.partition("://")[0]
-    try:
-        if protocol == "hf":
-            from datasets import config
-
-            return fsspec.filesystem("hf", endpoint=config.HF_ENDPOINT)
-        return fsspec.filesystem(protocol)
-    except ImportError as error:
-        if protocol in ("s3", "s3a"):
-            raise MissingDependencyError("s3fs", "s3", f"reading {protocol}://") from error
-        raise UsageError(f"{protocol}:// cannot be read: {_said(error)}") from error
-    except ValueError as error:
-        raise UsageError(f"{protocol}:// is no file system that fsspec knows ({_said(error)})") from error
-
-
-def _tried_again(work: Callable[[], Result]) -> Result:
-    """Do what a network may refuse once and not again."""
-    for wait in WAITS:
-        try:
-            return work()
-        except Exception as error:
-            if not _may_pass(error):
-                raise
-        time.sleep(wait)
-    return work()
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error is one of the network or of a server, and not of the file."""
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
-        return status in PASSING_STATUSES
-    return (
-        isinstance(error, ConnectionError | TimeoutError)
-        or (isinstance(error, OSError) and error.errno in PASSING_ERRNOS)
-        or type(error).__module__.partition(".")[0] in CLIENTS
-    )
-
-
 def _unreadable(place: str, error: Exception) -> Exception:
     """Our error for one of another library: the file, what is wrong with it, and the way out."""
     if isinstance(error, DatasetError | UsageError | MissingDependencyError):
@@ -367,15 +312,10 @@ def _unreadable(place: str, error: Exception) -> Exception:
     if isinstance(error, FileNotFoundError):
         return DatasetError(f"{place!r} is not there: name another file, or bring it back")
     if isinstance(error, PermissionError):
-        return DatasetError(f"{place!r} may not be read ({_said(error)}): give yourself the right, or log in")
-    if _may_pass(error):
-        tries = f", tried {len(WAITS) + 1} times" if "://" in place else ""
-        return DatasetError(f"{place!r} cannot be read now{tries} ({_said(error)}): run the same command again later")
+        return DatasetError(f"{place!r} may not be read ({said_by(error)}): give yourself the right, or log in")
+    if may_pass(error):
+        tries = f", tried {ATTEMPTS} times" if "://" in place else ""
+        return DatasetError(f"{place!r} cannot be read now{tries} ({said_by(error)}): run the same command again later")
     if isinstance(error, OSError) and error.errno:
-        return DatasetError(f"{place!r} cannot be read: {_said(error)}")
-    return DatasetError(f"{place!r} is damaged, or no Parquet file: get it again ({_said(error)})")
-
-
-def _said(error: BaseException) -> str:
-    """What another library says, on one line, without tokens, passwords and what stands behind a URL's `?`."""
-    return _SECRETS.sub("...", one_line(error, 200) or type(error).__name__)
+        return DatasetError(f"{place!r} cannot be read: {said_by(error)}")
+    return DatasetError(f"{place!r} is damaged, or no Parquet file: get it again ({said_by(error)})")

@@ -168,26 +168,32 @@ class ReadyPart:
     batches: dict[Layout, tuple[Arrangement, list[Batch]]]
 
 
-def score_parts(
-    work: Work,
-    to_score: Sequence[str],
-    engine_of: Callable[[str], Engine],
-    stop: Stop,
-    progress: Counter,
-    account: Account,
-    *,
-    share: float = 1.0,
-) -> None:
-    """Score what is missing of a run's parts, and write them, in order.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose engines may run now, and who is told what comes of it.
 
-    Args:
-        work: what is to be scored.
-        to_score: roles whose engines may run; what comes of one of two is said in `score_part`.
+    Where these are the reference's alone, and the run wants the policy's scores too, no part is written: the
+    reference's scores are kept in `Work.cache`, for the policy's turn to find.
+
+    Attributes:
+        roles: whose engines may run.
         engine_of: a role's engine; asked for only if there is something to score.
         stop: looked at after each batch.
         progress: told of each batch.
         account: what the time went to; added to.
-        share: of the work that this call does, for the progress.
+        share: of the whole work that this turn does, for the progress.
+    """
+
+    roles: Sequence[str]
+    engine_of: Callable[[str], Engine]
+    stop: Stop
+    progress: Counter
+    account: Account
+    share: float = 1.0
+
+
+def score_parts(work: Work, turn: Turn) -> None:
+    """Score what is missing of a run's parts, and write them, in order.
 
     Raises:
         As `prepare_part` and `score_part`.
@@ -196,49 +202,26 @@ def score_parts(
     while True:
         started = time.perf_counter()
         ready = next(readies, None)
-        account.waited_for_tokens += time.perf_counter() - started
+        turn.account.waited_for_tokens += time.perf_counter() - started
         if ready is None:
             return
-        score_part(work, ready, to_score, engine_of, stop, progress, account, share=share)
+        score_part(work, turn, ready)
 
 
-def score_part(
-    work: Work,
-    ready: ReadyPart,
-    to_score: Sequence[str],
-    engine_of: Callable[[str], Engine],
-    stop: Stop,
-    progress: Counter,
-    account: Account,
-    *,
-    share: float = 1.0,
-) -> None:
+def score_part(work: Work, turn: Turn, ready: ReadyPart) -> None:
     """Score what is missing of one part, and write it.
 
-    Where `to_score` is the reference alone, and the run wants the policy's scores too, no part is written: the
-    reference's scores are kept in `work.cache`, for the policy's turn to find.
-
-    Args:
-        work: what is to be scored.
-        ready: the part.
-        to_score: roles whose engines may run.
-        engine_of: a role's engine; asked for only if there is something to score.
-        stop: looked at after each batch.
-        progress: told of each batch.
-        account: what the time went to; added to.
-        share: of the work that this call does, for the progress.
-
     Raises:
-        InterruptedRunError: `stop` said so.
+        InterruptedRunError: `turn.stop` said so.
         EngineOutputError: an engine returned what cannot be right.
         StorageError: the disk refused.
         InputError: the making of some tokens ahead has failed.
     """
-    whole = set(to_score) == set(work.roles)
-    _check(stop, work, ready.part)
+    whole, account = set(turn.roles) == set(work.roles), turn.account
+    _check(turn.stop, work, ready.part)
     record = ready.record
-    if record is None and (whole or not ready.scores.keys() >= set(to_score)):
-        scores = _score(work, ready, to_score, engine_of, stop, progress, account, share)
+    if record is None and (whole or not ready.scores.keys() >= set(turn.roles)):
+        scores = _score(work, turn, ready)
         record = _record(work, ready)
         if whole:
             account.scored_pairs += len(ready.table)
@@ -254,7 +237,7 @@ def score_part(
             work.store.write(ready.part, ready.table, scores, record)
         account.waited_for_disk += time.perf_counter() - started
     else:
-        progress.skip(share * (ready.rows[1] - ready.rows[0]))
+        turn.progress.skip(turn.share * (ready.rows[1] - ready.rows[0]))
     if whole and record is not None:
         account.skipped += ready.skipped
         account.tokens += record.tokens
@@ -290,38 +273,29 @@ def prepare_part(work: Work, part: int) -> ReadyPart:
     return ReadyPart(part, rows, table, skipped, fingerprints, record, scores, batches)
 
 
-def _score(
-    work: Work,
-    ready: ReadyPart,
-    to_score: Sequence[str],
-    engine_of: Callable[[str], Engine],
-    stop: Stop,
-    progress: Counter,
-    account: Account,
-    share: float,
-) -> dict[str, ScoredPairs]:
+def _score(work: Work, turn: Turn, ready: ReadyPart) -> dict[str, ScoredPairs]:
     """A part's scores by role: those that were found, and those that engines give now."""
     scores = dict(ready.scores)
-    missing = [role for role in to_score if role not in scores]
+    missing = [role for role in turn.roles if role not in scores]
     completions = sum(len(batch.completions) for role in missing for batch in ready.batches[work.layout(role)][1])
-    of_part = share * (ready.rows[1] - ready.rows[0])
+    of_part = turn.share * (ready.rows[1] - ready.rows[0])
     for role in missing:
-        engine = engine_of(role)
+        engine = turn.engine_of(role)
         arrangement, batches = ready.batches[work.layout(role)]
         sheet = ScoreSheet(arrangement)
         said_of_each = engine.score_all(batches) if isinstance(engine, PipelinedEngine) else map(engine.score, batches)
         for batch in batches:
             started = time.perf_counter()
             said = next(said_of_each)
-            account.engines += time.perf_counter() - started
+            turn.account.engines += time.perf_counter() - started
             sheet.add(batch, said)
-            account.computed_tokens += batch.input_ids.size
-            progress.add(of_part * len(batch.completions) / completions, batch.input_ids.size - batch.padding)
+            turn.account.computed_tokens += batch.input_ids.size
+            turn.progress.add(of_part * len(batch.completions) / completions, batch.input_ids.size - batch.padding)
             work.tokens.check()
-            _check(stop, work, ready.part)
+            _check(turn.stop, work, ready.part)
         scores[role] = sheet.finish()
     if not completions:
-        progress.skip(of_part)
+        turn.progress.skip(of_part)
     return scores
 
 

@@ -4,40 +4,20 @@ A file is there whole or not at all, whoever else writes it. What may pass, such
 few times; what will not, such as a missing permission, is said at once.
 """
 
-import errno
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
-from dpo_fast.errors import DpoFastError, MissingDependencyError, StorageError, UsageError
+from dpo_fast.errors import DpoFastError, StorageError, UsageError
 from dpo_fast.files import copy_file, make_folder, storage_errors
-from dpo_fast.text import one_line
+from dpo_fast.remote import ATTEMPTS, may_pass, open_url, retrying
+from dpo_fast.text import named_line, one_line, said_by
 
-ATTEMPTS = 5
-FIRST_WAIT = 0.2  # seconds; each further one is twice as long
 REMOVED_AT_ONCE = 1000  # as many as one request to S3 may name
-TRANSIENT_ERRNOS = {
-    getattr(errno, name)
-    for name in ("EIO", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "ECONNRESET", "EREMOTEIO")
-    if hasattr(errno, name)  # Linux alone has the last
-}
-TRANSIENT_STATUSES = {408, 429}  # of HTTP, beside 500 and above
-# Known by name, for the packages are loaded by fsspec alone, and only where they are needed.
-TRANSIENT_CLASSES = {
-    "aiohttp.client_exceptions.ClientConnectionError",
-    "aiohttp.client_exceptions.ClientPayloadError",
-    "botocore.exceptions.ConnectionError",
-    "botocore.exceptions.HTTPClientError",
-    "requests.exceptions.ConnectionError",
-    "requests.exceptions.Timeout",
-    "urllib3.exceptions.ProtocolError",
-}
 # Where one request writes a file whole; elsewhere a file gets its name when all of it is there.
 ATOMIC_PROTOCOLS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"}
 LOCAL_PROTOCOLS = {"file", "local"}
@@ -143,47 +123,6 @@ def check_url(url: str) -> None:
         raise UsageError(f"{one_line(url)}: names no place; say s3://BUCKET/FOLDER, for example")
 
 
-def retrying(action: Callable[[], Result]) -> Result:
-    """What an action returns; tried `ATTEMPTS` times in all as long as its error `may_pass`.
-
-    The waits in between are `FIRST_WAIT` seconds, then twice as long each time, give or take a half, so that many
-    workers that were refused together do not come back together.
-    """
-    for number in range(ATTEMPTS - 1):
-        try:
-            return action()
-        except Exception as error:
-            if not may_pass(error):
-                raise
-        time.sleep(FIRST_WAIT * 2**number * random.uniform(0.5, 1.5))  # noqa: S311
-    return action()
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether the same may go well a moment later: a lost connection, a busy server, a network disk's hiccup."""
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    status = _http_status(error)
-    if status is not None:
-        return status >= 500 or status in TRANSIENT_STATUSES
-    if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
-        return True
-    return any(f"{each.__module__}.{each.__name__}" in TRANSIENT_CLASSES for each in type(error).__mro__)
-
-
-def _http_status(error: BaseException) -> int | None:
-    """What the server answered, as botocore, aiohttp, gcsfs or azure have it, here or in the error behind this one."""
-    for each in (error, error.__cause__):
-        response = getattr(each, "response", None)
-        if isinstance(response, dict):
-            answered: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return answered
-        for name in ("status", "status_code", "code"):
-            if isinstance(status := getattr(each, name, None), int):
-                return status
-    return None
-
-
 def _temporary(name: str) -> str:
     """A name that no other process has, on whatever machine."""
     return f".{name}.{uuid4().hex}"
@@ -272,16 +211,12 @@ class LocalFolder:
             with storage_errors(target):
                 return retrying(action)
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else one_line(error)
+            reason = os.strerror(error.errno) if error.errno else said_by(error)
             raise StorageError(f"{target}: cannot be {done} ({reason}); mend that, or name another folder") from error
 
 
 class UrlStorage:
-    """What a URL names, by fsspec; credentials come from the environment, each protocol's own way.
-
-    fsspec keeps one connection a process, or a thread where a connection serves one thread alone; a forked process gets
-    its own.
-    """
+    """What a URL names, by fsspec; credentials come from the environment, each protocol's own way."""
 
     def __init__(self, url: str) -> None:
         """Open a place; nothing is asked of it yet.
@@ -393,16 +328,7 @@ class UrlStorage:
             UsageError: fsspec knows no such place, or needs a package for it.
             MissingDependencyError: an extra is not installed.
         """
-        import fsspec
-
-        try:
-            filesystem, root = fsspec.core.url_to_fs(self._url, **OPTIONS.get(self._protocol, {}))
-        except ImportError as error:
-            if self._protocol in ("s3", "s3a"):
-                raise MissingDependencyError("s3fs", "s3", self._url) from error
-            raise UsageError(f"{self._url}: needs a package that is not there ({one_line(error)})") from error
-        except ValueError as error:
-            raise UsageError(f"{self._url}: is no URL that fsspec knows ({one_line(error)}); say s3://…") from error
+        filesystem, root = open_url(self._url, **OPTIONS.get(self._protocol, {}))
         return filesystem, root.rstrip("/")
 
     def _do(self, name: str, done: str, action: Callable[[], Result]) -> Result:
@@ -420,11 +346,6 @@ class UrlStorage:
                 way_out = f"it failed {ATTEMPTS} times: look at the connection, then go on with the same command"
             else:
                 way_out = "mend that, or name another place"
-            reason = one_line(_without_secrets(f"{type(error).__name__}: {error}"), 200)
-            raise StorageError(f"{self.place(name).rstrip('/')}: cannot be {done} ({reason}); {way_out}") from error
-
-
-def _without_secrets(text: str) -> str:
-    """Another library's message without users, passwords and queries of URLs."""
-    text = re.sub(r"://[^\s/@]*@", "://", text)
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", text)
+            raise StorageError(
+                f"{self.place(name).rstrip('/')}: cannot be {done} ({named_line(error)}); {way_out}"
+            ) from error

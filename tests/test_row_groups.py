@@ -24,10 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback_hub import CUT, LoopbackHub, hub_of_this_process
 
+import dpo_fast.remote
 import dpo_fast.row_groups
 from dpo_fast.errors import DatasetError, DpoFastError, MissingDependencyError, UsageError
 from dpo_fast.preferences import PreferenceSet, load_preferences, of_row_groups
-from dpo_fast.row_groups import BUFFER, WAITS, RowGroups, read_index
+from dpo_fast.remote import ATTEMPTS, FIRST_WAIT
+from dpo_fast.row_groups import BUFFER, RowGroups, read_index
 from dpo_fast.types import PreferenceRow, SkippedRow
 
 COLUMNS = ["prompt", "chosen", "rejected"]
@@ -43,7 +45,7 @@ def library_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What would have been waited before something is tried again, in seconds."""
     waited: list[float] = []
-    monkeypatch.setattr(dpo_fast.row_groups.time, "sleep", waited.append)
+    monkeypatch.setattr(dpo_fast.remote.time, "sleep", waited.append)
     return waited
 
 
@@ -534,7 +536,9 @@ def test_urls_at_fault(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UsageError, match="--dataset: a URL with a user") as usage:
             load_preferences(url)
         assert "Secret1" not in one_line(usage)
-    with pytest.raises(UsageError, match="nosuch:// is no file system that fsspec knows") as usage:
+    with pytest.raises(UsageError, match="is a chain of URLs"):
+        load_preferences("memory://bucket/prefs::file:///etc")
+    with pytest.raises(UsageError, match="nosuch://bucket/prefs: is no URL that fsspec knows") as usage:
         load_preferences("nosuch://bucket/prefs")
     one_line(usage)
     with pytest.raises(UsageError, match="is written owner/name"):
@@ -608,7 +612,7 @@ def flaky(memory: MemoryFileSystem) -> Iterator[str]:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(faults=st.lists(st.sampled_from([opening, broken, busy, short, well, well, well]), max_size=30))
 def test_reads_that_fail_are_tried_again(flaky: str, faults: list[Callable[[bytes], bytes]]) -> None:
-    """All rows, or one line: whether it fails for good is whether it fails three times on end."""
+    """All rows, or one line: whether it fails for good is whether it fails five times on end."""
     Flaky.faults = [*faults]
     said = ""
     try:
@@ -616,9 +620,9 @@ def test_reads_that_fail_are_tried_again(flaky: str, faults: list[Callable[[byte
     except DatasetError as error:
         said = str(error)
     if said:
-        assert f"tried {len(WAITS) + 1} times" in said
+        assert f"tried {ATTEMPTS} times" in said
         assert "aB3" not in said
-        assert "xxx" in "".join("." if fault is well else "x" for fault in faults)
+        assert "x" * ATTEMPTS in "".join("." if fault is well else "x" for fault in faults)
     else:
         assert found == [f"{number}?" for number in range(40)]
 
@@ -626,10 +630,11 @@ def test_reads_that_fail_are_tried_again(flaky: str, faults: list[Callable[[byte
 def test_a_read_that_always_fails_is_named(flaky: str, no_waiting: list[float]) -> None:
     data = load_preferences(flaky)
     Flaky.faults = [broken] * 99
-    with pytest.raises(DatasetError, match=r"'flaky://set/a\.parquet' cannot be read now, tried 3 times") as error:
+    with pytest.raises(DatasetError, match=r"'flaky://set/a\.parquet' cannot be read now, tried 5 times") as error:
         prompts(data)
     assert "run the same command again later" in one_line(error)
-    assert no_waiting == list(WAITS)
+    expected = [FIRST_WAIT * 2**number for number in range(ATTEMPTS - 1)]
+    assert all(0.5 * wait <= waited <= 1.5 * wait for wait, waited in zip(expected, no_waiting, strict=True))
     Flaky.faults = []
     assert len(prompts(data)) == 40  # and when it passes, all is well
 

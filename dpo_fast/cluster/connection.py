@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_fast.cluster.options import ANY, AUTO, LOCAL
-from dpo_fast.errors import MissingDependencyError, UsageError, one_line
+from dpo_fast.errors import MissingDependencyError, UsageError
+from dpo_fast.text import said_by
 
 CLIENT = "ray://"
 ANSWER_SECONDS = 10.0
@@ -59,7 +60,7 @@ def connected(address: str) -> Iterator[str | None]:
         _connect(address)
     except Exception as error:
         raise UsageError(
-            f"--cluster {address}: no Ray cluster answers ({one_line(error)}); start one with `ray start --head`, or "
+            f"--cluster {address}: no Ray cluster answers ({said_by(error)}); start one with `ray start --head`, or "
             "say --cluster local"
         ) from error
     try:

@@ -17,7 +17,8 @@ from dpo_fast.cluster.ledger import SilentWorker, Snapshot
 from dpo_fast.cluster.outcome import Outcome
 from dpo_fast.cluster.room import ray_options
 from dpo_fast.cluster.worker import PartWorker
-from dpo_fast.errors import CheckFailedError, InputError, one_line
+from dpo_fast.errors import CheckFailedError, InputError
+from dpo_fast.text import said_by
 
 if TYPE_CHECKING:
     import ray.data
@@ -194,7 +195,7 @@ def _hand_out(
         if item is None:
             return
         if isinstance(item, BaseException):
-            raise CheckFailedError(f"Ray Data stopped: {one_line(item)}") from item
+            raise CheckFailedError(f"Ray Data stopped: {said_by(item)}") from item
         yield item
 
 

@@ -18,12 +18,13 @@ from dpo_fast.bundle import REFERENCE
 from dpo_fast.cluster.in_hand import ScoresInHand
 from dpo_fast.cluster.job import Job, Stage
 from dpo_fast.cluster.outcome import Outcome
-from dpo_fast.errors import DpoFastError, InputError, StorageError, named_line
+from dpo_fast.errors import DpoFastError, InputError, StorageError
 from dpo_fast.interrupts import Stop
 from dpo_fast.loading import Engines
 from dpo_fast.reference_scores import ReferenceCache, ScoresOfRun
-from dpo_fast.scoring import Account, ReadyPart, prepare_part, score_part
+from dpo_fast.scoring import Account, ReadyPart, Turn, prepare_part, score_part
 from dpo_fast.store import PAIRS
+from dpo_fast.text import named_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,8 +134,8 @@ class PartWorker:
         """Score a part whose turn on the engine has come."""
         account.waited_for_tokens += time.perf_counter() - self._engine_was_left
         words = _Words(self._ledger, self._name, ready.part)
-        to_score, share = self._stage.to_score, self._stage.share
-        score_part(self._work, ready, to_score, self._engines.get, Stop(), words, account, share=share)
+        turn = Turn(self._stage.to_score, self._engines.get, Stop(), words, account, self._stage.share)
+        score_part(self._work, turn, ready)
         words.send()
         self._engine_was_left = time.perf_counter()
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_fast.batches import Batch
-from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, one_line
+from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError
+from dpo_fast.text import said_by
 from dpo_fast.types import TokenScores
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def open_session(
         return onnxruntime.InferenceSession(graph, options, providers=wanted, enable_fallback=0)
     except Exception as error:  # as above
         raise BundleError(
-            f"{graph}: ONNX Runtime cannot load it ({one_line(error)}); export the bundle again"
+            f"{graph}: ONNX Runtime cannot load it ({said_by(error)}); export the bundle again"
         ) from error
 
 
@@ -129,6 +130,6 @@ def failed(batch: Batch, error: Exception) -> EngineOutputError:
     """What is raised when ONNX Runtime fails at a batch."""
     rows, width = batch.input_ids.shape
     return EngineOutputError(
-        f"ONNX Runtime failed at a batch of {rows} x {width} tokens ({one_line(error)}); "
+        f"ONNX Runtime failed at a batch of {rows} x {width} tokens ({said_by(error)}); "
         "if memory is short, lower --token-budget or --max-length"
     )

@@ -11,7 +11,8 @@ import numpy as np
 
 from dpo_fast.batches import Batch
 from dpo_fast.engines.onnxruntime import ADAPTER_GATES
-from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError, one_line
+from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError
+from dpo_fast.text import said_by
 from dpo_fast.types import TokenScores
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class OpenVinoEngine:
             )
         except RuntimeError as error:
             raise BundleError(
-                f"{graph}: OpenVINO cannot load it ({one_line(error)}); export the bundle again"
+                f"{graph}: OpenVINO cannot load it ({said_by(error)}); export the bundle again"
             ) from error
         self._gates: Sequence[float] | Sequence[Sequence[float]] | None = gates
         self.precision = precision
@@ -133,7 +134,7 @@ class OpenVinoEngine:
             scores = {name: np.array(self._head.get_tensor(name).data) for name in self._outputs}
         except RuntimeError as error:
             raise EngineOutputError(
-                f"OpenVINO failed at a batch of {rows} x {width} tokens ({one_line(error)}); "
+                f"OpenVINO failed at a batch of {rows} x {width} tokens ({said_by(error)}); "
                 "if memory is short, lower --token-budget or --max-length"
             ) from error
         return TokenScores(**scores)

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from dpo_fast.batches import Batch
 from dpo_fast.engines.cuda import Bytes, DeviceBytes, Event, Memory, open_memory
 from dpo_fast.engines.onnxruntime import ADAPTER_GATES
-from dpo_fast.errors import BundleError, EngineOutputError, one_line
+from dpo_fast.errors import BundleError, EngineOutputError
 from dpo_fast.tensorrt.contract import AGAIN, OUTPUTS, TARGET_IDS, Contract
 from dpo_fast.tensorrt.package import EXTRAS, import_package, message_log, read_plan
 from dpo_fast.tensorrt.plans import STATES, TARGET_GATES, WIDTH_STEP, read_plans
+from dpo_fast.text import said_by
 from dpo_fast.types import Float32Array, Int64Array, TokenScores
 
 ALIGNMENT = 256  # bytes; of every address that TensorRT is given
@@ -126,7 +127,7 @@ class TensorRtEngine:
                 "again with a lower --token-budget"
             ) from error
         except RuntimeError as error:
-            raise BundleError(f"{description}: the plans do not start ({one_line(error, 600)}); {AGAIN}") from error
+            raise BundleError(f"{description}: the plans do not start ({said_by(error, 600)}); {AGAIN}") from error
         self.precision = precision
         self.name = (
             f"{plans.package} {package.__version__} {self._memory.device}, {precision}, "
@@ -358,11 +359,11 @@ class TensorRtEngine:
             yield
         except MemoryError as error:
             raise EngineOutputError(
-                f"CUDA is out of memory at {place} ({one_line(error, 600)}); lower --token-budget or --max-length"
+                f"CUDA is out of memory at {place} ({said_by(error, 600)}); lower --token-budget or --max-length"
             ) from error
         except RuntimeError as error:
             raise EngineOutputError(
-                f"TensorRT failed at {place} ({one_line(error, 600)}); if memory is short, lower --token-budget, "
+                f"TensorRT failed at {place} ({said_by(error, 600)}); if memory is short, lower --token-budget, "
                 f"otherwise {AGAIN}"
             ) from error
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_fast.batches import Batch
-from dpo_fast.errors import CheckpointError, EngineOutputError, MissingDependencyError, named_line, one_line
+from dpo_fast.errors import CheckpointError, EngineOutputError, MissingDependencyError
 from dpo_fast.quiet import quiet
+from dpo_fast.text import named_line, said_by
 from dpo_fast.types import TokenScores
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class TorchEngine:
                 return _statistics(chosen, torch.from_numpy(batch.target_ids).to(self._device))
         except RuntimeError as error:  # CUDA's and the CPU's lack of memory among them
             raise EngineOutputError(
-                f"PyTorch failed at a batch of {rows} x {width} tokens ({one_line(error)}); "
+                f"PyTorch failed at a batch of {rows} x {width} tokens ({said_by(error)}); "
                 "if memory is short, lower --token-budget or --max-length"
             ) from error
 

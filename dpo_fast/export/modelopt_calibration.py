@@ -13,11 +13,12 @@ from typing import Any
 import onnx_ir as ir
 
 from dpo_fast.engines.torch import load_model
-from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError, named_line
+from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.export.products import Product
 from dpo_fast.quiet import quiet
 from dpo_fast.recipes import Recipe
+from dpo_fast.text import named_line
 from dpo_fast.types import TokenizedPair
 
 

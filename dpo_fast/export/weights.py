@@ -11,11 +11,12 @@ from typing import NoReturn
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dpo_fast.errors import CheckpointError, named_line
+from dpo_fast.errors import CheckpointError
 from dpo_fast.export.bindings import Binding, Made, Stored, bind
 from dpo_fast.export.checkpoint import FLOAT_SIZES, Checkpoint, same_bytes
 from dpo_fast.export.conversions import Conversions, UnknownOperationError
 from dpo_fast.quiet import quiet
+from dpo_fast.text import named_line
 
 __all__ = ["Binding", "Made", "Stored", "bind", "match_parameters"]
 

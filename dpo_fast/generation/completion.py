@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from dpo_fast.errors import CheckpointError, named_line
+from dpo_fast.errors import CheckpointError
 from dpo_fast.generation.prompts import decode
 from dpo_fast.quiet import quiet
+from dpo_fast.text import named_line
 
 # What Transformers samples with where a checkpoint says nothing.
 TEMPERATURE, TOP_P, TOP_K = 1.0, 1.0, 50

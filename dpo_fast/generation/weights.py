@@ -13,9 +13,10 @@ import torch
 
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.torch import load_model
-from dpo_fast.errors import CheckpointError, named_line
+from dpo_fast.errors import CheckpointError
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.quiet import quiet
+from dpo_fast.text import named_line
 
 FIRST_ADAPTER = "default"  # as PEFT names the adapter that a model is loaded with
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names

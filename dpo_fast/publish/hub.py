@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dpo_fast.errors import HubError, InputError, UsageError
-from dpo_fast.text import one_line
+from dpo_fast.text import one_line, without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -230,5 +230,5 @@ def _explain_status(status: int, reason: str, repo_id: str, host: str) -> str:
 
 
 def _redact(message: str, token: str) -> str:
-    """Take the token out, and whatever else looks like one; before anything is cut off, which would leave a part."""
-    return re.sub(r"hf_[A-Za-z0-9]{4,}|(?<=Bearer )\S+", "hf_***", message.replace(token, "hf_***"))
+    """Take the token out, wherever it came from, and whatever else is secret; before anything is cut off."""
+    return without_secrets(message.replace(token, "hf_***"))

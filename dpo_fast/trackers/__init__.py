@@ -10,15 +10,14 @@ import importlib
 import importlib.util
 import io
 import logging
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dpo_fast.errors import MissingDependencyError, TrackerError, UsageError, named_line
+from dpo_fast.errors import MissingDependencyError, TrackerError, UsageError
+from dpo_fast.text import named_line, without_secrets
 from dpo_fast.trackers.base import Tracker
 
 # The classes, each in the module of its package's name. Comet comes last: once imported, it changes those of the others
@@ -31,8 +30,6 @@ TRACKERS = {
     "comet_ml": "CometTracker",
 }
 ALL, NONE = "all", "none"  # as Transformers' `report_to` has them
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
@@ -124,7 +121,7 @@ class Reporter:
                 module = importlib.import_module(f"dpo_fast.trackers.{name}")
                 tracker: Tracker = getattr(module, TRACKERS[name])(run_name)
                 self._trackers[name] = tracker
-                self.places[name] = _without_secrets(tracker.place)
+                self.places[name] = without_secrets(tracker.place)
 
     def report(
         self,
@@ -176,7 +173,7 @@ class Reporter:
             with _quiet():
                 yield
         except Exception as error:  # whatever client, network and server come up with
-            self._failures[name] = _without_secrets(named_line(error))
+            self._failures[name] = named_line(error)
             self.places.pop(name, None)
             tracker = self._trackers.pop(name, None)
             if tracker is not None:
@@ -198,14 +195,6 @@ def _is_installed(name: str) -> bool:
     """Whether a package can be imported; a folder of its name, which trackers leave behind, is none."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
-
-
-def _without_secrets(text: str) -> str:
-    """A client's words without the values of environment variables that hold secrets, and credentials in URLs."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name.upper()):
-            text = text.replace(value, "***")
-    return _CREDENTIALS.sub("***@", text)
 
 
 @contextmanager

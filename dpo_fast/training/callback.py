@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, cast
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from dpo_fast.errors import DpoFastError, InterruptedRunError, UsageError, named_line
+from dpo_fast.errors import DpoFastError, InterruptedRunError, UsageError
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 from dpo_fast.export.exporter import ExportOptions, export
 from dpo_fast.export.refit import RefitOptions, refit
@@ -30,6 +30,7 @@ from dpo_fast.files import make_folder, storage_errors
 from dpo_fast.quiet import quiet
 from dpo_fast.recipes import DEFAULT
 from dpo_fast.run_folder import SKIPPED
+from dpo_fast.text import named_line
 from dpo_fast.training.dpo_trainer import (
     check_trainer,
     find_trainer,

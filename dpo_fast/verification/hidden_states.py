@@ -29,10 +29,11 @@ from dpo_fast.bundle import Bundle
 from dpo_fast.engines.onnxruntime import CPU, gated_inputs, open_session, session_options
 from dpo_fast.engines.openvino import open_core
 from dpo_fast.engines.torch import load_model
-from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError, one_line
+from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.export.precision import layer_number
 from dpo_fast.files import storage_errors
+from dpo_fast.text import said_by
 from dpo_fast.token_table import make_table
 from dpo_fast.types import Float64Array, TokenizedPair
 
@@ -341,7 +342,7 @@ def _onnxruntime(exposed: Path, graph: Path, precision: str, gates: Sequence[flo
         try:
             return list(session.run(None, inputs))
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise EngineOutputError(f"{graph}: ONNX Runtime failed at its hidden states ({one_line(error)})") from error
+            raise EngineOutputError(f"{graph}: ONNX Runtime failed at its hidden states ({said_by(error)})") from error
 
     return run
 
@@ -367,7 +368,7 @@ def _openvino(exposed: Path, graph: Path, engine: str, precision: str, gates: Se
         try:
             found = compiled(inputs)
         except RuntimeError as error:
-            raise EngineOutputError(f"{graph}: OpenVINO failed at its hidden states ({one_line(error)})") from error
+            raise EngineOutputError(f"{graph}: OpenVINO failed at its hidden states ({said_by(error)})") from error
         return [np.array(found[number]) for number in range(len(compiled.outputs))]
 
     return run
@@ -377,7 +378,7 @@ def _cannot_run(graph: Path, precision: str, what: str, error: Exception) -> Usa
     """What is raised where a graph is made for operators that only its own engine has."""
     return UsageError(
         f"{graph}: nothing on this machine runs this graph in {precision} for its hidden states: {what} cannot load it "
-        f"({one_line(error)}); compare those of a bundle in fp32"
+        f"({said_by(error)}); compare those of a bundle in fp32"
     )
 
 
