@@ -544,11 +544,11 @@ def test_urls_at_fault(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match="is written owner/name"):
         load_preferences("hf://datasets/owner/name")
 
-    def missing(protocol: str, **options: Any) -> None:
+    def missing(url: str, **options: Any) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(MissingDependencyError, match=r"reading s3:// needs the package 's3fs'.*dpo-fast\[s3\]"):
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(MissingDependencyError, match=r"s3://bucket/prefs needs the package 's3fs'.*dpo-fast\[s3\]"):
         load_preferences("s3://bucket/prefs")
     with pytest.raises(UsageError, match="gs:// cannot be read: Install"):
         load_preferences("gs://bucket/prefs")
