@@ -550,7 +550,7 @@ def test_urls_at_fault(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(MissingDependencyError, match=r"s3://bucket/prefs needs the package 's3fs'.*dpo-fast\[s3\]"):
         load_preferences("s3://bucket/prefs")
-    with pytest.raises(UsageError, match="gs:// cannot be read: Install"):
+    with pytest.raises(UsageError, match="gs://bucket/prefs: needs a package that is not there"):
         load_preferences("gs://bucket/prefs")
 
 
