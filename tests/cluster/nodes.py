@@ -20,7 +20,8 @@ class Nodes:
 
         # What workers import, they import from here.
         tests = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        self.environment = {**environment, "PYTHONPATH": tests.rstrip(os.pathsep)}
+        # Ray's workers give way to all else by default: beside other tests, they would starve.
+        self.environment = {**environment, "PYTHONPATH": tests.rstrip(os.pathsep), "RAY_worker_niceness": "0"}
         self.workers: list[Any] = []
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.client_port = server.getsockname()[1]

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -53,11 +54,11 @@ class Run:
             self.bundle, self.dataset, self.output, self.options, self.said.append, engine=SlowEngines(self.orders)
         )
 
-    def when_it_works(self, seconds: float, do: Callable[[], None]) -> Thread:
-        """Do something some seconds after the first part is there."""
+    def when(self, parts: int, seconds: float, do: Callable[[], None]) -> Thread:
+        """Do something some seconds after so many parts are there."""
 
         def wait() -> None:
-            while not list(self.output.glob("scores/part-*.parquet")):
+            while len(list(self.output.glob("scores/part-*.parquet"))) < parts:
                 time.sleep(0.02)
             time.sleep(seconds)
             do()
@@ -98,30 +99,40 @@ def lose_a_node(run: Run, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "seed"),
-    [(kill_a_worker, seed) for seed in range(4)]
-    + [(stop_a_worker, seed) for seed in range(2)]
-    + [(hang, seed) for seed in range(2)]
-    + [(slow_down, seed) for seed in range(2)]
-    + [(lose_a_node, seed) for seed in range(4)],
+    "faults",
+    [
+        (kill_a_worker, kill_a_worker),
+        (kill_a_worker, lose_a_node, kill_a_worker),
+        (lose_a_node, kill_a_worker),
+        (stop_a_worker, lose_a_node),
+        (lose_a_node, slow_down),
+        (hang, stop_a_worker),
+        (slow_down, hang),
+    ],
+    ids=lambda faults: " and ".join(fault.__name__ for fault in faults),
 )
-def test_at_a_random_moment(run: Run, local: Path, fault: Callable[[Run, random.Random], None], seed: int) -> None:
-    chance = random.Random(f"{fault.__name__} {seed}")
-    if fault in (stop_a_worker, hang):
+def test_at_random_moments(run: Run, local: Path, faults: Sequence[Callable[[Run, random.Random], None]]) -> None:
+    """Several faults in one run, the next maybe while the last is being mended."""
+    chance = random.Random(" ".join(fault.__name__ for fault in faults))
+    if not {stop_a_worker, hang}.isdisjoint(faults):
         run.options = replace(run.options, cluster=replace(run.options.cluster, patience=LITTLE_PATIENCE))
-    happens = run.when_it_works(chance.uniform(0, 0.8), lambda: fault(run, chance))
+    happen = [
+        run.when(parts, chance.uniform(0, 0.3), partial(fault, run, chance))
+        for parts, fault in zip(sorted(chance.sample(range(1, 16), len(faults))), faults, strict=True)
+    ]
 
     run.evaluate()
 
-    happens.join()
+    for fault in happen:
+        fault.join()
+    assert not list(run.orders.glob("*.json"))  # a worker has taken each
     assert files(run.output) == files(local)
     assert numbers(run.output) == numbers(local)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_driver_is_killed(run: Run, local: Path, seed: int) -> None:
+def test_the_driver_is_killed_twice(run: Run, local: Path) -> None:
     """Another start goes on with the parts that are there."""
-    chance = random.Random(seed)
+    chance = random.Random(0)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
@@ -131,21 +142,24 @@ def test_the_driver_is_killed(run: Run, local: Path, seed: int) -> None:
         "bundle, dataset, output, orders, address = sys.argv[2:]\n"
         "cluster = ClusterOptions(address, workers=3, resources={'CPU': 1})\n"
         "options = EvaluateOptions(part_size=8, on_error='skip', cluster=cluster)\n"
-        "evaluate(Path(bundle), dataset, Path(output), options, engine=SlowEngines(Path(orders)))\n"
+        "evaluate(Path(bundle), dataset, Path(output), options, engine=SlowEngines(Path(orders), 0.1))\n"
     )
     places = [run.bundle, run.dataset, run.output, run.orders, run.nodes.address]
-    driver = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parents[1]), *map(str, places)])
-    run.when_it_works(chance.uniform(0, 0.5), driver.kill).join()
-    assert driver.wait() == -signal.SIGKILL
-    there = len(list(run.output.glob("scores/part-*.parquet")))
+    there = 0
+    for _ in range(2):
+        driver = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parents[1]), *map(str, places)])
+        run.when(there + 1, chance.uniform(0, 0.2), driver.kill).join()
+        assert driver.wait() == -signal.SIGKILL
+        while run.nodes.scoring():  # they end by and by, and may write another part
+            time.sleep(0.1)
+        before, there = there, len(list(run.output.glob("scores/part-*.parquet")))
+        assert before < there < 24
     assert not (run.output / "metrics.json").exists()
 
     metrics = run.evaluate()
 
     assert files(run.output) == files(local)
     assert numbers(run.output) == numbers(local)
-    assert 0 < there < 24
-    # Workers of the killed driver may have written some more before they were gone.
     assert metrics["provenance"]["this_process"]["scored_pairs"] <= 188 - (there - 1) * 8
 
 
