@@ -194,10 +194,11 @@ def open_bundle(folder: Path) -> Bundle:
         _check_kinds(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: is damaged ({type(error).__name__}: {error}); export the bundle again") from error
-    for name in names:
+    for name in [*names, *(weights for entry in models.values() for weights in entry.weights)]:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name:
             raise BundleError(f"{path}: names {name!r}, which lies outside the bundle; do not trust this bundle")
+    for name in names:
         if name not in manifest.files:
             raise BundleError(f"{path}: has no hash of {name!r}; export the bundle again")
     if POLICY not in models or not set(models) <= set(ROLES) or not layouts <= set(LAYOUTS):

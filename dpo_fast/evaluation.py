@@ -180,7 +180,7 @@ def begin(
     check_options(options)
     opened = open_bundle(bundle)
     roles = roles_of(opened, options)
-    max_length = max_length_of(opened, options)
+    max_length = max_length_of(opened, options.max_length)
     check_output(output, settings_of(options), overwrite=options.overwrite)
     with ExitStack() as stack:
         make_folder(output)
@@ -273,18 +273,20 @@ def roles_of(bundle: Bundle, options: EvaluateOptions) -> list[str]:
     return [POLICY, REFERENCE]
 
 
-def max_length_of(bundle: Bundle, options: EvaluateOptions) -> int:
-    """The truncation in tokens, within every model's positions."""
-    if options.max_length is None:
+def max_length_of(bundle: Bundle, max_length: int | None) -> int:
+    """The truncation in tokens, within every model's positions; None takes the bundle's.
+
+    Raises:
+        UsageError: a model, or its plans, take fewer.
+    """
+    if max_length is None:
         return bundle.manifest.max_length
     for role, entry in bundle.manifest.models.items():
-        if entry.max_positions is not None and options.max_length > entry.max_positions:
+        if entry.max_positions is not None and max_length > entry.max_positions:
+            raise UsageError(f"--max-length {max_length}: the {role} has positions for {entry.max_positions} tokens")
+        if entry.plan is not None and max_length > bundle.manifest.max_length:
             raise UsageError(
-                f"--max-length {options.max_length}: the {role} has positions for {entry.max_positions} tokens"
-            )
-        if entry.plan is not None and options.max_length > bundle.manifest.max_length:
-            raise UsageError(
-                f"--max-length {options.max_length}: the bundle's plans take rows of --max-length "
+                f"--max-length {max_length}: the bundle's plans take rows of --max-length "
                 f"{bundle.manifest.max_length}; export it with more"
             )
-    return options.max_length
+    return max_length

@@ -20,22 +20,32 @@ from dpo_fast.engines import load_engine, open_engine
 from dpo_fast.engines.base import Engine
 from dpo_fast.engines.endpoint import Dialect, EndpointEngine
 from dpo_fast.errors import DatasetError, EngineOutputError, UsageError
-from dpo_fast.evaluation import find_bundle_tokens
+from dpo_fast.evaluation import find_bundle_tokens, max_length_of
 from dpo_fast.files import new_folder, write_json, write_text
 from dpo_fast.progress import Progress
 from dpo_fast.provenance import hardware, versions
 from dpo_fast.token_cache import TokenCache
 from dpo_fast.token_table import TokenTable
 from dpo_fast.types import OnError, ReferenceFree
+from dpo_fast.verification.attestation import check_files
 from dpo_fast.verification.bisect import bisect
 from dpo_fast.verification.noise import Floor
 from dpo_fast.verification.original import HALVES, Original
 from dpo_fast.verification.page import write_page
+from dpo_fast.verification.repeats import without_repeats
 from dpo_fast.verification.scoring import score_tokens
 from dpo_fast.verification.served import score_served
 from dpo_fast.verification.types import Pairs as VerifiedPairs
 from dpo_fast.verification.types import ScoredTokens, Scoring, Scorings
-from dpo_fast.verification.verdict import Check, Tolerance, Verification, default_tolerance, verify_scores
+from dpo_fast.verification.verdict import (
+    LEAST,
+    MOST,
+    Check,
+    Tolerance,
+    Verification,
+    default_tolerance,
+    verify_scores,
+)
 
 RESULT, PAGE, RECIPE = "verify.json", "verify.html", "exact-layers.toml"
 EngineChoice = Literal["recipe", "onnxruntime", "openvino"]
@@ -102,6 +112,11 @@ class VerifyOptions:
     overwrite: bool = False
     progress: bool = False
 
+    @property
+    def of_recipe(self) -> bool:
+        """Whether it is the bundle's own engine that is verified, as what its recipe says it is."""
+        return self.engine == "recipe" and self.endpoint is None and self.precision is None
+
 
 def verify(
     bundle: Path,
@@ -136,22 +151,27 @@ def verify(
         raise UsageError(f"{bundle}: has no reference; say --reference-free sum, average or norm")
     precision = options.precision or _claimed_precision(opened, options)
     tolerance = _tolerance(options, precision)
-    max_length = options.max_length or opened.manifest.max_length
+    max_length = max_length_of(opened, options.max_length)
+    if output.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"--output {output}: lies within the bundle, whose files are what is verified; name another")
     report("checking the bundle's files")
-    opened.verify()
+    check_files(opened)
     with new_folder(output, overwrite=options.overwrite, marker=RESULT) as folder:
-        table, data, skipped = _read(opened, dataset, max_length, options)
+        read, data, skipped = _read(opened, dataset, max_length, options)
+        table = without_repeats(read)
         original = Original(opened, max_length, trust_remote_code=options.trust_remote_code)
         scored = _score(opened, original, table, roles, precision, max_length, options, report, engine)
         result = {
             **_judge(scored, table, tolerance, options).as_dict(),
             "pairs": len(table),
             "skipped": skipped,
+            "repeated": len(read) - len(table),
             "timing": {"scoring_seconds": scored.seconds, "total_seconds": time.perf_counter() - began},
             "provenance": {
                 "engine": scored.engine,
                 "precision": precision,
-                "original": original.name,
+                "of_recipe": options.of_recipe,
+                "original": original.name or "the original",
                 "recipe": opened.manifest.recipe["name"],
                 "versions": versions(),
                 "hardware": hardware(),
@@ -191,7 +211,8 @@ class _Scored:
     """What everybody says of the pairs.
 
     Attributes:
-        original: the original's own scorings: in float32, in another shape of batches, and in half precision.
+        original: the original's own scorings: in float32, in another shape of batches, and in half precision; none
+            where the engine failed.
         served: the engine's, or None where it failed.
         problem: why it failed, or None.
         engine: its name.
@@ -216,7 +237,10 @@ def _score(
     report: Callable[[str], None],
     engine: Callable[[Bundle, str], Engine] | None,
 ) -> _Scored:
-    """Let the original score the pairs, several times, and the engine once; one model is in memory at a time."""
+    """Let the engine score the pairs, and the original several times; one model is in memory at a time.
+
+    The engine comes first: one that fails, or a server that is not there, is found before the long part.
+    """
     scored = _Scored({})
 
     @contextmanager
@@ -229,20 +253,17 @@ def _score(
     ways = {ORIGINAL: ("fp32", ORIGINAL_BUDGET), RESHAPED: ("fp32", ONE_ROW)}
     ways |= {f"original in {half}": (half, ORIGINAL_BUDGET) for half in original.half_precisions(precision)}
     said: dict[str, ByRole] = {what: {} for what in ways}
-    with Progress((len(ways) + 1) * len(table) * len(roles), shown=options.progress) as progress:
-        for role in roles:
-            for what, (kind, budget) in ways.items():
-                with timed(what):
-                    said[what][role] = original.score(role, kind, budget, table, progress.add)
-            original.release()
-        scored.original = {what: _scoring(table, by_role) for what, by_role in said.items()}
+    compared = roles if options.endpoint is None else [POLICY]  # a server has no reference: the original's is taken
+    ways_of = {role: ways if role in compared else {ORIGINAL: ways[ORIGINAL]} for role in roles}
+    scorings = sum(map(len, ways_of.values())) + len(compared)
+    with Progress(scorings * len(table), shown=options.progress) as progress:
         by_engine: ByRole = {}
         try:
             with timed("engine"):
                 if options.endpoint is not None:
                     server = _endpoint(options)
                     scored.engine = server.name
-                    by_engine = {**said[ORIGINAL], POLICY: score_served(table, server, progress.add)}
+                    by_engine = {POLICY: score_served(table, server, progress.add)}
                 for role in roles if options.endpoint is None else ():
                     loaded = (engine or _opener(options))(bundle, role)
                     scored.engine = loaded.name
@@ -258,8 +279,14 @@ def _score(
                     del loaded
         except EngineOutputError as error:  # what it said is no opinion: that is a verdict
             scored.problem = str(error)
-        else:
-            scored.served = _scoring(table, by_engine)
+            return scored
+        scored.served = _scoring(table, by_engine)
+        for role in roles:
+            for what, (kind, budget) in ways_of[role].items():
+                with timed(what):
+                    said[what][role] = original.score(role, kind, budget, table, progress.add)
+            original.release()
+        scored.original = {what: _scoring(table, by_role) for what, by_role in said.items()}
     return scored
 
 
@@ -279,6 +306,7 @@ def _judge(scored: _Scored, table: TokenTable, tolerance: Tolerance, options: Ve
         engine=scored.served,
         beta=options.beta,
         reference_free=options.reference_free,
+        policy_alone=options.endpoint is not None,
     )
     return verify_scores(scorings, tolerance, seed=options.seed)
 
@@ -293,14 +321,16 @@ def _check_options(options: VerifyOptions) -> None:
         raise UsageError("--endpoint URL and --model NAME go together")
     if options.endpoint is not None and options.engine != "recipe":
         raise UsageError(f"--engine {options.engine}: with --endpoint it is the server that is verified")
+    if options.endpoint is not None and options.bisect:
+        raise UsageError("--bisect looks into the bundle's own graphs, of which a server with --endpoint says nothing")
     if options.precision is not None and options.precision not in PRECISIONS:
         raise UsageError(f"--precision {options.precision!r} is not known; choose from {', '.join(PRECISIONS)}")
     if options.seed < 0:
         raise UsageError(f"--seed {options.seed} must be at least 0")
     if options.threads < 0:
         raise UsageError(f"--threads {options.threads} must be at least 0, which takes every core")
-    if not 0 < options.beta < float("inf"):
-        raise UsageError(f"--beta {options.beta:g} must be above 0")
+    if not LEAST <= options.beta <= MOST:
+        raise UsageError(f"--beta {options.beta:g} must be a positive number, {LEAST:g} to {MOST:g}")
 
 
 def _tolerance(options: VerifyOptions, precision: str) -> Tolerance:

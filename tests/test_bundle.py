@@ -92,9 +92,12 @@ def change(bundle: Bundle, edit: Callable[[Manifest], object]) -> str:
 @pytest.mark.parametrize(
     "name", ["../evil", "policy/../../evil", "/etc/passwd", "", ".", "..", "policy\\..\\..\\evil", "//host/x"]
 )
-@pytest.mark.parametrize("where", ["files", "graph"])
+@pytest.mark.parametrize("where", ["files", "graph", "weights"])
 def test_names_outside_the_bundle(bundle: Bundle, name: str, where: str) -> None:
     def edit(manifest: Manifest) -> None:
+        if where == "weights":  # an adapter's base is loaded from there
+            manifest["models"]["policy"]["weights"] = [name, "policy"]
+            return
         manifest["files"][name] = manifest["files"]["policy.onnx"]
         if where == "graph":
             manifest["models"]["policy"]["graph"] = name

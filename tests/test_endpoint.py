@@ -283,10 +283,38 @@ def test_a_server_without_log_probs_of_the_prompt_is_told_of():
         score(generated_only, dialect="vllm")
 
 
-@pytest.mark.parametrize("body", [b"<html>hello</html>", b"[1, 2]", b"", {"choices": []}, {"choices": [{}, {}]}])
+NESTED = b"[" * 100_000  # deeper than Python's own parser goes
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>hello</html>", b"[1, 2]", b"", NESTED, {"choices": []}, {"choices": [{}, {}]}]
+)
 def test_an_answer_that_is_no_completion_is_refused(body):
     with pytest.raises(EngineOutputError, match=r"JSON object|without a completion"):
         score(lambda request: (_ for _ in ()).throw(Answer(200, body)))
+
+
+@pytest.mark.parametrize("place", ["usage", "log-prob", "id", "refusal"])
+def test_a_servers_own_text_is_one_short_line_without_control_characters(place):
+    hostile = "\x1b[2J\u202e\n" + "x" * 100_000
+
+    def answer(request):
+        result = vllm(request)
+        entries = result["choices"][0]["prompt_logprobs"]
+        if place == "usage":
+            result["usage"]["prompt_tokens"] = hostile
+        elif place == "log-prob":
+            entries[1][str(request["prompt"][1])]["logprob"] = hostile
+        elif place == "id":
+            entries[1] = {hostile: {"logprob": -1.0}}
+        else:
+            raise Answer(400, NESTED if len(request["prompt"]) % 2 else {"error": {"message": hostile}})
+        return result
+
+    with pytest.raises((EngineOutputError, UsageError)) as caught:
+        score(answer, dialect="vllm")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 700
 
 
 def failing(times, error, answer=vllm):

@@ -20,7 +20,7 @@ from dpo_fast.engines.base import Engine
 from dpo_fast.engines.endpoint import ServedTokens
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.engines.torch import TorchEngine
-from dpo_fast.errors import CheckpointError, EngineOutputError, UsageError
+from dpo_fast.errors import BundleError, CheckpointError, EngineOutputError, UsageError
 from dpo_fast.export.probes import make_probes
 from dpo_fast.token_table import make_table
 from dpo_fast.types import TokenScores
@@ -164,6 +164,8 @@ def test_it_fails_closed(tiny_bundle: Path, dataset: str, tmp_path: Path, edit: 
     result = verify(tiny_bundle, dataset, tmp_path / "out", WIDE, engine=wrapped(changed))
     assert result["verdict"] == "fail"
     assert message in " ".join(result["reasons"])
+    # What the check at the engine's side finds is found before the original is asked.
+    assert ("original" in result["timing"]["scoring_seconds"]) == (edit == "stale")
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert "fail" in page
 
@@ -202,6 +204,7 @@ class Served:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.scored = 0  # tokens
 
     def log_probs(self, sequences: Sequence[tuple[list[int], int]], *, progress: Any = None) -> list[ServedTokens]:
         said = []
@@ -211,6 +214,7 @@ class Served:
                 targets = torch.tensor(ids[prompt:])
                 log_probs = logits.log_softmax(-1)[range(len(targets)), targets]
                 said.append(ServedTokens(log_probs.numpy(), (logits.argmax(-1) == targets).float().numpy()))
+                self.scored += len(targets)
                 progress(len(targets))
         return said
 
@@ -220,14 +224,16 @@ def test_a_server_is_verified_by_its_log_probs(
     tiny_bundle: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, verdict: str
 ) -> None:
     """One that serves the policy passes, one that serves the model that it was trained from does not."""
-    monkeypatch.setattr(dpo_fast.verify, "_endpoint", lambda options: Served(tiny_bundle / role))
+    server = Served(tiny_bundle / role)
+    monkeypatch.setattr(dpo_fast.verify, "_endpoint", lambda options: server)
     options = replace(WIDE, endpoint="http://127.0.0.1:8000", model="tiny", precision="fp32")
     result = verify(tiny_bundle, dataset, tmp_path / "out", options)
     assert result["verdict"] == verdict, result["reasons"]
     assert result["provenance"]["engine"] == Served.name
-    if verdict == "pass":  # else its scores are the reference's, to the last bit, and are not compared
-        # The reference's are the original's own, of which a server knows nothing.
-        assert result["drift"]["reference_log_probs"]["largest"] == 0
+    # Of the reference a server knows nothing: its scores, the original's own, dilute no error.
+    drift = result["drift"]
+    assert drift["reference_log_probs"] is None
+    assert drift["tokens"]["tokens"] == server.scored
 
 
 WRONG = {
@@ -238,7 +244,11 @@ WRONG = {
     "--near-tie": ("nan", "near-tie"),
     "--signature": ("x.sig", "goes with --sign"),
     "--limit": ("0", "--limit 0"),
-    "--beta": ("0", "--beta 0"),
+    "--max-length": ("257", "the policy has positions for 256 tokens"),
+    "--endpoint http://127.0.0.1:1 --model tiny --bisect": ("", "a server with --endpoint says nothing"),
+    "--engine openvino --sign": ("key.pem", "the bundle's own engine in its recipe's precision"),
+    "--beta": ("1e308", "--beta 1e+308"),
+    "--sign": ("no-such-key.pem", "no-such-key.pem: cannot be read"),
 }
 
 
@@ -247,10 +257,44 @@ def test_a_wrong_option_is_refused(
     tiny_bundle: Path, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
     value, message = WRONG[option]
-    assert command(tiny_bundle, dataset, tmp_path / "out", option, value) == 2
+    assert command(tiny_bundle, dataset, tmp_path / "out", *f"{option} {value}".split()) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
     assert not (tmp_path / "out").exists()
+
+
+def never(bundle: Bundle, role: str) -> Engine:
+    raise AssertionError("nothing is scored before the bundle's files are known to be its own")
+
+
+def test_a_file_that_was_added_is_refused_before_anything_is_scored(
+    bundle: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo_fast.verify.Original, "score", never)
+    (bundle / POLICY / "modeling_llama.py").write_text("", encoding="utf-8")
+    with pytest.raises(BundleError, match=r"modeling_llama.py: was added to the bundle"):
+        verify(bundle, dataset, tmp_path / "out", WIDE, engine=never)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_within_the_bundle_is_refused(bundle: Path, dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    for output in (bundle / "verification", tmp_path / "link" / POLICY / "out"):
+        with pytest.raises(UsageError, match="lies within the bundle"):
+            verify(bundle, dataset, output, WIDE, engine=never)
+    verify(bundle, dataset, tmp_path / "out", WIDE)
+
+
+def test_pairs_that_are_there_again_and_again_are_no_evidence(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """400 rows would do, if they were 400 pairs."""
+    many = write_rows(tmp_path / "many.jsonl", ROWS * 80)
+    assert command(tiny_bundle, many, tmp_path / "out", "--engine", "onnxruntime") == 3
+    assert "5 pairs (395 rows repeated, left out) of many.jsonl" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / RESULT).read_text(encoding="utf-8"))
+    assert (result["verdict"], result["pairs"], result["repeated"]) == ("cannot tell", 5, 395)
+    assert result["pairs_needed"] == 381
 
 
 def test_an_output_is_not_written_over(tiny_bundle: Path, dataset: str, tmp_path: Path) -> None:

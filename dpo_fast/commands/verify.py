@@ -89,17 +89,13 @@ def verify_command(
     """Compare the engine's decisions with the original PyTorch weights' own, in multiples of their own noise."""
     from dpo_fast.bundle import SIGNATURE
     from dpo_fast.verification.attestation import write_attestation
+    from dpo_fast.verification.signing import load_signer
     from dpo_fast.verification.signing import sign as sign_bundle
     from dpo_fast.verify import RESULT, VerifyOptions, verify
 
-    own = engine == "recipe" and endpoint is None and precision is None
-    if sign is not None and not own:
-        raise UsageError(
-            f"--sign {sign}: what is signed for is the bundle's own engine by the recipe's own limits; leave --engine, "
-            "--endpoint and --precision out"
-        )
     if signature is not None and sign is None:
         raise UsageError(f"--signature {signature} goes with --sign")
+    signature = signature or bundle / SIGNATURE
     options = VerifyOptions(
         engine=engine,
         endpoint=endpoint,
@@ -126,12 +122,19 @@ def verify_command(
         overwrite=overwrite,
         progress=sys.stderr.isatty(),
     )
+    if sign is not None:
+        if not options.of_recipe:
+            raise UsageError(
+                f"--sign {sign}: what is signed for is the bundle's own engine in its recipe's precision; leave "
+                "--engine, --endpoint and --precision out"
+            )
+        load_signer(bundle, sign, signature)  # a key that cannot be used is refused before the pairs are scored
     result = verify(bundle, dataset, output, options, say)
-    if own:
+    if options.of_recipe:
         write_attestation(bundle, result)
         if sign is not None and result["verdict"] == "pass":  # a signature reads as approval
-            sign_bundle(bundle, sign, signature or bundle / SIGNATURE)
-            say(f"signed: {signature or bundle / SIGNATURE}")
+            sign_bundle(bundle, sign, signature)
+            say(f"signed: {signature}")
     if as_json:
         print_json(result)
     else:

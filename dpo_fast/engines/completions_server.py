@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dpo_fast.errors import EngineOutputError, UsageError
+from dpo_fast.text import one_line
 
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -81,7 +82,7 @@ class CompletionsServer:
             raise EngineOutputError(f"{self.name}: given up, as another request failed")
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise EngineOutputError(f"{self.name} answers with something else than a JSON object: is {self.url} right?")
@@ -115,14 +116,13 @@ class CompletionsServer:
             parsed = json.loads(body)
             nested = parsed.get("error", parsed)
             body = str(nested.get("message", nested) if isinstance(nested, dict) else nested)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             pass
         return self._hidden(body or error.reason)
 
     def _hidden(self, text: object) -> str:
         """A server's or a library's own words in one line, the API key taken out."""
-        line = " ".join(str(text).split())
-        return (line.replace(self._api_key, "***") if self._api_key else line)[:300]
+        return one_line(str(text).replace(self._api_key, "***") if self._api_key else text, 300)
 
     def _refused(self, status: int, reason: str) -> UsageError:
         """The error of a request that will not be answered however often it is sent."""

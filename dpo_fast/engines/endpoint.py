@@ -28,6 +28,7 @@ import numpy as np
 
 from dpo_fast.engines.completions_server import CompletionsServer
 from dpo_fast.errors import EngineOutputError, UsageError
+from dpo_fast.text import one_line
 from dpo_fast.types import Float32Array
 
 Dialect = Literal["auto", "openai", "vllm"]
@@ -321,8 +322,8 @@ class EndpointEngine:
         return choices[0]
 
     def _wrong(self, what: str, ids: list[int], way_out: str = CHECK_IT) -> EngineOutputError:
-        """What the server returned of a sequence instead of its log-probs."""
-        return EngineOutputError(f"{self.name} returns {what}, of {len(ids)} tokens sent; {way_out}")
+        """What the server returned of a sequence instead of its log-probs; it may be text of the server's own."""
+        return EngineOutputError(f"{self.name} returns {one_line(what)}, of {len(ids)} tokens sent; {way_out}")
 
 
 def _is_top(top: Any) -> bool:

@@ -78,6 +78,11 @@ def find_verification(bundle: Bundle, folder: Path | None) -> Verified | None:
         raise UsageError(
             f"--verification {folder}: is of other weights or graphs than this bundle's; verify this bundle"
         )
+    if made.get("of_recipe") is not True:
+        raise UsageError(
+            f"--verification {folder}: is of {one_line(made.get('engine'))}, not of the bundle's own engine; verify "
+            "that one, without --engine, --endpoint and --precision"
+        )
     return _read({**made, **result}, made.get("dataset"), path)
 
 

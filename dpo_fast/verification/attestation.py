@@ -67,8 +67,8 @@ def write_attestation(bundle: Path, verification: Mapping[str, Any]) -> Attestat
         bundle: that was verified; every file of it is hashed again.
         verification: what `write_json` writes into verify.json: `verdict.Verification.as_dict`, and under
             "provenance" what `evaluate` has there: "versions", "hardware", "engine", "precision", "dataset" (with
-            "fingerprint" and "rows"), and "models" by role, each with "weights_and_graph_sha256", which are
-            `Bundle.role_hashes` from when the engine was loaded.
+            "fingerprint" and "rows"), "of_recipe" (see `verify.VerifyOptions`), and "models" by role, each with
+            "weights_and_graph_sha256", which are `Bundle.role_hashes` from when the engine was loaded.
 
     Returns:
         What was written.
@@ -81,11 +81,11 @@ def write_attestation(bundle: Path, verification: Mapping[str, Any]) -> Attestat
     text = _text(verification)
     value = json.loads(text)  # as a reader of verify.json has it: lists for tuples
     opened = open_bundle(bundle)
-    _check_files(opened)
+    check_files(opened)
     try:
         made = value["provenance"]
         scored = {role: model["weights_and_graph_sha256"] for role, model in made["models"].items()}
-        _ = scored[POLICY], made["dataset"]["fingerprint"], made["dataset"]["rows"]
+        _ = scored[POLICY], made["dataset"]["fingerprint"], made["dataset"]["rows"], made["of_recipe"]
         attestation = Attestation(
             format=FORMAT,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -104,6 +104,11 @@ def write_attestation(bundle: Path, verification: Mapping[str, Any]) -> Attestat
     if attestation.verdict not in get_args(Outcome):
         raise UsageError(
             f"{bundle}: no attestation, for {attestation.verdict!r} is no verdict; verify the bundle again"
+        )
+    if made["of_recipe"] is not True:
+        raise UsageError(
+            f"{bundle}: no attestation, for {attestation.engine} in {attestation.precision} was verified, and not the "
+            "bundle's own engine; verify that one, without --engine, --endpoint and --precision"
         )
     if attestation.precision != opened.manifest.recipe["precision"]:
         raise UsageError(
@@ -137,7 +142,7 @@ def check_attestation(bundle: Path) -> Attestation:
     opened = open_bundle(bundle)
     if attestation.files != _files_by_kind(opened):
         raise BundleError(f"{path}: lists other files than {MANIFEST}; {again}")
-    _check_files(opened)
+    check_files(opened)
     return attestation
 
 
@@ -153,13 +158,18 @@ def is_about(bundle: Path) -> bool:
     return True
 
 
-def _check_files(bundle: Bundle) -> None:
+def check_files(bundle: Bundle) -> None:
     """Refuse a bundle whose files are not exactly those that it lists.
 
-    A file that is not listed may still be loaded: Transformers looks for many, Python code among them.
+    A file that is not listed may still be loaded: Transformers looks for many, Python code among them. So may whatever
+    a link to a folder leads to.
+
+    Raises:
+        BundleError: with the first file that is missing, altered or new.
     """
     bundle.verify()
-    present = {path.relative_to(bundle.folder).as_posix() for path in bundle.folder.rglob("*") if not path.is_dir()}
+    paths = (path for path in bundle.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    present = {path.relative_to(bundle.folder).as_posix() for path in paths}
     added = present - set(bundle.manifest.files) - UNTRACKED
     if added:
         raise BundleError(

@@ -17,7 +17,8 @@ that was left out as telling nothing more. The mean error of the targets' log-pr
 either, for the targets were not drawn from the original.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import NormalDist
 
@@ -242,8 +243,7 @@ def compare(scorings: Scorings, other: Scoring) -> Errors:
     Raises:
         ValueError: there is no reference, and `scorings.reference_free` is None.
     """
-    pairs, original = scorings.pairs, scorings.original
-    names = tuple(original.completions())
+    pairs, original, names = scorings.pairs, scorings.original, scorings.compared
     token_errors, token_pair, position = [], [], []
     for name in names:
         before, after = original.completions()[name], other.completions()[name]
@@ -253,6 +253,12 @@ def compare(scorings: Scorings, other: Scoring) -> Errors:
         token_errors.append(after.log_probs.astype(np.float64) - before.log_probs)
         token_pair.append(np.repeat(np.arange(len(pairs.rows)), lengths))
         position.append(within + np.repeat(pairs.prompt_lengths + skipped, lengths))
+
+    whole = other
+    if scorings.policy_alone:
+        whole = replace(
+            other, reference_chosen=original.reference_chosen, reference_rejected=original.reference_rejected
+        )
 
     def log_probs(scoring: Scoring) -> Float64Array:
         each = scoring.completions()
@@ -269,7 +275,7 @@ def compare(scorings: Scorings, other: Scoring) -> Errors:
         original_log_probs=log_probs(original),
         log_probs=log_probs(other),
         original_rewards=rewards(original, scorings.beta, scorings.reference_free),
-        rewards=rewards(other, scorings.beta, scorings.reference_free),
+        rewards=rewards(whole, scorings.beta, scorings.reference_free),
     )
 
 
@@ -308,10 +314,13 @@ def summarise(errors: Errors) -> Drift:
         margins=summarise_errors(errors.original_margins[:, None], errors.margins[:, None], rows),
         by_position=_by_position(errors),
         growth=measure_growth(errors.token_errors, errors.position, errors.token_pair),
-        by_subset=tuple(_slice(errors, *each) for each in group_members(errors.pairs.subsets or [])),
-        by_length=tuple(
-            _slice(errors, f"{longer[members].min()}-{longer[members].max()}", members)
-            for members in _bins_of_equal_size(longer, LENGTH_BINS)
+        by_subset=_slices(errors, group_members(errors.pairs.subsets or [])),
+        by_length=_slices(
+            errors,
+            (
+                (f"{longer[members].min()}-{longer[members].max()}", members)
+                for members in _bins_of_equal_size(longer, LENGTH_BINS)
+            ),
         ),
     )
 
@@ -438,25 +447,33 @@ def _by_position(errors: Errors) -> tuple[PositionBin, ...]:
     )
 
 
-def _slice(errors: Errors, name: str, members: Int64Array) -> Slice:
-    """Errors and decisions of some of the pairs."""
-    chosen = np.zeros(len(errors.pairs.rows), bool)
-    chosen[members] = True
-    tokens = errors.token_errors[chosen[errors.token_pair]]
-    original, margins = errors.original_margins[members], errors.margins[members]
-    gained, lost = count_changes(original, margins)
-    return Slice(
-        name=name,
-        pairs=len(members),
-        tokens=len(tokens),
-        token_mean_absolute=float(np.abs(tokens).mean()) if len(tokens) else None,
-        token_bias=float(tokens.mean()) if len(tokens) else None,
-        margin_rms=float(np.sqrt(np.square(margins - original).mean())),
-        margin_bias=float((margins - original).mean()),
-        flips=int((np.sign(original) != np.sign(margins)).sum()),
-        accuracy_change=(gained - lost) / len(members),
-        accuracy_interval=change_interval(gained, lost, len(members)),
+def _slices(errors: Errors, parts: Iterable[tuple[str, Int64Array]]) -> tuple[Slice, ...]:
+    """Errors and decisions of parts of the pairs, by name; the tokens are gone through once, however many parts."""
+    pairs = len(errors.pairs.rows)
+    counts, sizes, sums = (
+        np.bincount(errors.token_pair, weights=weights, minlength=pairs)
+        for weights in (None, np.abs(errors.token_errors), errors.token_errors)
     )
+    all_original, all_margins = errors.original_margins, errors.margins
+
+    def of(name: str, members: Int64Array) -> Slice:
+        tokens = int(counts[members].sum())
+        original, margins = all_original[members], all_margins[members]
+        gained, lost = count_changes(original, margins)
+        return Slice(
+            name=name,
+            pairs=len(members),
+            tokens=tokens,
+            token_mean_absolute=float(sizes[members].sum() / tokens) if tokens else None,
+            token_bias=float(sums[members].sum() / tokens) if tokens else None,
+            margin_rms=float(np.sqrt(np.square(margins - original).mean())),
+            margin_bias=float((margins - original).mean()),
+            flips=int((np.sign(original) != np.sign(margins)).sum()),
+            accuracy_change=(gained - lost) / len(members),
+            accuracy_interval=change_interval(gained, lost, len(members)),
+        )
+
+    return tuple(of(*part) for part in parts)
 
 
 def _bins_of_equal_size(values: Int64Array, bins: int) -> list[Int64Array]:

@@ -20,8 +20,8 @@ def check_integrity(scorings: Scorings) -> list[str]:
     """Everything that forbids a comparison, a sentence each; an empty list if nothing does.
 
     - There are pairs, and each scoring has their rows, each once and in their order.
-    - Each scoring has the same completions: no model is missing, and each completion has as many scores as it has
-      tokens that something precedes.
+    - Each scoring has the completions that are compared: no model is missing, and each completion has as many scores
+      as it has tokens that something precedes.
     - Scores are finite; log-probs and `log_sum_sq_prob` at most 0, entropies at least 0 (but for rounding), `is_top1`
       0 or 1.
     - No stale scores: two completions to which the original gives different log-probs, and the engine the same ones to
@@ -45,11 +45,9 @@ def check_integrity(scorings: Scorings) -> list[str]:
     if reasons:
         return reasons  # whose scores are whose is not known
     for name, scoring in named.items():
-        if scoring.completions().keys() != scorings.original.completions().keys():
-            reasons.append(
-                f"{name}: scored {', '.join(scoring.completions())}, and the original "
-                f"{', '.join(scorings.original.completions())}"
-            )
+        wanted = scorings.original.completions() if name == "original" else scorings.compared
+        if set(scoring.completions()) != set(wanted):
+            reasons.append(f"{name}: scored {', '.join(scoring.completions())}, and the original {', '.join(wanted)}")
         for completion, tokens in scoring.completions().items():
             reasons += _check_tokens(f"{name}, {completion}", tokens, pairs, completion.partition("_")[2])
     return reasons or list(_check_stale(scorings.original, scorings.engine, pairs.rows))

@@ -161,7 +161,8 @@ def _resolution(errors: Errors, counts: Float64Array, scorings: Scorings) -> Flo
     """
     kind = scorings.reference_free
     variances = np.zeros(len(counts))
-    for name, tokens in errors.original.completions().items():
+    for name in errors.completions:
+        tokens = errors.original.completions()[name]
         if kind is None or kind == "sum":
             of_reward = tokens.lengths.astype(np.float64)
         else:

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from dpo_fast.files import write_text
-from dpo_fast.verification.summary import checks_of, sizes_of, slices_of
+from dpo_fast.verification.summary import checks_of, pairs_of, sizes_of, slices_of
 
 SHOWN_FLIPS = 200  # the clearest ones; verify.json has all
 
@@ -23,6 +23,7 @@ def write_page(path: Path, result: dict[str, Any]) -> None:
     flips = [] if result["decisions"] is None else result["decisions"]["flips"]
     page = environment.get_template("page.html.jinja").render(
         result=result,
+        pairs=pairs_of(result),
         checks=checks_of(result),
         sizes=sizes_of(result),
         slices=slices_of(result),

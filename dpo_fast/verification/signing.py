@@ -40,14 +40,8 @@ def sign(bundle: Path, key: Path, signature: Path) -> None:
         MissingDependencyError: model-signing is not installed.
         StorageError: the disk refused.
     """
+    signer = load_signer(bundle, key, signature)
     package = _import_package("signing a bundle")
-    if _is_within(key, bundle):
-        raise UsageError(f"{key}: is a private key within the bundle, which others get to see; move it elsewhere")
-    if _is_within(signature, bundle) and signature.resolve() != (bundle / SIGNATURE).resolve():
-        raise UsageError(f"{signature}: lies within the bundle; name {bundle / SIGNATURE}, or a file outside of it")
-    if os.path.lexists(signature) and not _is_signature(signature):
-        raise OutputExistsError(f"{signature}: exists already, and is no signature; name another file")
-    signer = _load_private_key(package, key)
     if not is_about(bundle):
         open_bundle(bundle).verify()
     _present_files(bundle)  # refuses links
@@ -56,6 +50,22 @@ def sign(bundle: Path, key: Path, signature: Path) -> None:
         made = Path(working) / SIGNATURE
         signer.set_hashing_config(_covered(package)).sign(bundle, made)
         write_text(signature, made.read_text(encoding="utf-8"))
+
+
+def load_signer(bundle: Path, key: Path, signature: Path) -> Any:
+    """What signs with a key; to be had before the long work that a signature is to be made of.
+
+    Raises:
+        UsageError, OutputExistsError, MissingDependencyError: as `sign`.
+    """
+    package = _import_package("signing a bundle")
+    if _is_within(key, bundle):
+        raise UsageError(f"{key}: is a private key within the bundle, which others get to see; move it elsewhere")
+    if _is_within(signature, bundle) and signature.resolve() != (bundle / SIGNATURE).resolve():
+        raise UsageError(f"{signature}: lies within the bundle; name {bundle / SIGNATURE}, or a file outside of it")
+    if os.path.lexists(signature) and not _is_signature(signature):
+        raise OutputExistsError(f"{signature}: exists already, and is no signature; name another file")
+    return _load_private_key(package, key)
 
 
 def check_signature(bundle: Path, public_key: Path, signature: Path) -> None:

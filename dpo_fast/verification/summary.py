@@ -42,6 +42,12 @@ class SliceRow:
     interval: str
 
 
+def pairs_of(result: dict[str, Any]) -> str:
+    """How many pairs were compared, and what else the data set had."""
+    left_out = [f"{result[name]:,} rows {name}" for name in ("skipped", "repeated") if result.get(name)]
+    return f"{result['pairs']:,} pairs" + (f" ({', '.join(left_out)}, left out)" if left_out else "")
+
+
 def checks_of(result: dict[str, Any]) -> list[CheckRow]:
     """The checks of verify.json."""
     rows = []

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from dpo_fast.text import one_line
 from dpo_fast.verification.bisect import describe_layer
-from dpo_fast.verification.summary import checks_of, sizes_of, slices_of
+from dpo_fast.verification.summary import checks_of, pairs_of, sizes_of, slices_of
 
 STYLES = {"pass": "green", "fail": "bold red", "cannot tell": "yellow"}
 
@@ -24,7 +24,7 @@ def print_verification(result: dict[str, Any], console: Console) -> None:
     # Names come from the user's data: as `Text`, their markup is not obeyed.
     title = Text(
         f"{provenance['engine']}, {provenance['precision']}, against {provenance['original']}: "
-        f"{result['pairs']:,} pairs of {one_line(provenance['dataset']['name'], 60)}"
+        f"{pairs_of(result)} of {one_line(provenance['dataset']['name'], 60)}"
     )
     console.print(title, soft_wrap=True)
     table = Table(header_style="bold")

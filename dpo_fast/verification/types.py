@@ -113,6 +113,8 @@ class Scorings:
         beta: strength of the reference, dimensionless.
         reference_free: "sum", "average" or "norm" (see `metrics.rewards.reference_free_scores`), or None to use the
             reference.
+        policy_alone: whether the policy alone is compared, as of a server, which has no reference: all scorings but
+            `original` then have none, and their rewards are taken against the original's.
     """
 
     pairs: Pairs
@@ -122,3 +124,10 @@ class Scorings:
     engine: Scoring
     beta: float = 0.1
     reference_free: str | None = None
+    policy_alone: bool = False
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Names of the completions that every scoring has."""
+        names = tuple(self.original.completions())
+        return tuple(name for name in names if name.startswith("policy")) if self.policy_alone else names

@@ -35,8 +35,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from dpo_fast.metrics.statistics import wilson_interval
 from dpo_fast.verification.decisions import Decisions, change_interval, compare_decisions, pairs_to_detect, pairs_until
 from dpo_fast.verification.drift import Drift, Errors, compare, summarise
@@ -48,6 +46,8 @@ from dpo_fast.verification.types import Interval, Outcome, Scorings
 BIAS_SHARE = 1 / 3
 # The largest of many errors is a matter of luck, and has no interval that would say how much: it is allowed twice.
 WORST_SHARE = 2
+# Beyond these, squares of limits and of margins leave float64: nothing is meant by such a number.
+LEAST, MOST = 1e-30, 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ class Tolerance:
             four leaves room for kernels that add up long sums in another order.
 
     Raises:
-        ValueError: a number is not positive, `max_accuracy_change` is not below 1, or there is no such floor.
+        ValueError: a number is not within `LEAST` and `MOST`, `max_accuracy_change` is not below 1, or there is no such
+            floor.
     """
 
     floor: Floor
@@ -82,8 +83,8 @@ class Tolerance:
         if self.floor not in FLOORS:
             raise ValueError(f"floor {self.floor!r} is not one of {', '.join(FLOORS)}")
         for name in ("max_multiple", "max_accuracy_change", "near_tie", "max_growth"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be a positive number")
+            if not LEAST <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} {getattr(self, name)} must be a positive number, {LEAST:g} to {MOST:g}")
         if self.max_accuracy_change >= 1:
             raise ValueError(f"max_accuracy_change {self.max_accuracy_change} must be below 1, for it is a share")
 

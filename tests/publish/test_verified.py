@@ -71,6 +71,16 @@ def test_another_role_s_hashes_count_too(bundle: Bundle, tmp_path: Path) -> None
         find_verification(bundle, tmp_path)
 
 
+@pytest.mark.parametrize("of_recipe", [False, None])
+def test_another_engine_does_not_stand_for_the_bundle_s(bundle: Bundle, tmp_path: Path, of_recipe: bool | None) -> None:
+    """The exact graph, or a server, passes where the engine that is published may not."""
+    value = json.loads(json.dumps(verification_of(bundle.folder)))
+    value["provenance"]["of_recipe"] = of_recipe
+    write_json(tmp_path / "verify.json", value)
+    with pytest.raises(UsageError, match="not of the bundle's own engine"):
+        find_verification(bundle, tmp_path)
+
+
 def test_hostile_text_in_a_verification_stays_text_on_the_card(bundle: Bundle, tmp_path: Path) -> None:
     value = json.loads(json.dumps(verification_of(bundle.folder, reasons=[HOSTILE])))
     value["checks"][0]["name"] = HOSTILE

@@ -43,6 +43,7 @@ def make_verification(bundle: Path) -> dict[str, Any]:
             "hardware": {"processor": "Zen 4 – “a”", "cores": 2},
             "engine": "onnxruntime 1.31.1 CPUExecutionProvider",
             "precision": "fp32",
+            "of_recipe": True,
             "dataset": {"name": "pairs.jsonl", "split": None, "fingerprint": "ab" * 32, "rows": 400},
             "models": {role: {"weights_and_graph_sha256": opened.role_hashes(role)} for role in opened.manifest.models},
         },

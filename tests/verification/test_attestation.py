@@ -137,7 +137,7 @@ def test_another_verdict_format_or_list_of_files_is_refused(bundle: Path) -> Non
     assert f"{path}: has format 2, and this version reads 1" in refusal(lambda: check_attestation(bundle))
 
 
-def test_files_that_are_missing_or_new(bundle: Path) -> None:
+def test_files_that_are_missing_or_new(bundle: Path, tmp_path: Path) -> None:
     for name in set(files_of(bundle)) - {CARD, ATTESTATION}:
         content = (bundle / name).read_bytes()
         (bundle / name).unlink()
@@ -148,6 +148,11 @@ def test_files_that_are_missing_or_new(bundle: Path) -> None:
         (bundle / name).write_bytes(b"")
         assert refusal(lambda: check_attestation(bundle)).startswith(f"{bundle / name}: was added to the bundle")
         (bundle / name).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    link = bundle / "policy" / "additional_chat_templates"
+    link.symlink_to(tmp_path / "elsewhere")  # Transformers loads what is in there
+    assert refusal(lambda: check_attestation(bundle)).startswith(f"{link}: was added to the bundle")
+    link.unlink()
     (bundle / "model.sig").rmdir()
     (bundle / SIGNATURE).write_text("a signature")
     check_attestation(bundle)
@@ -191,7 +196,7 @@ def test_a_verification_that_lacks_something(tmp_path: Path) -> None:
         del verification[name]
         with pytest.raises(UsageError, match=rf"is not whole \(KeyError: '{name}'\)"):
             write_attestation(folder, verification)
-    for name in ("versions", "hardware", "engine", "precision", "dataset", "models"):
+    for name in ("versions", "hardware", "engine", "precision", "of_recipe", "dataset", "models"):
         verification = make_verification(folder)
         del verification["provenance"][name]
         with pytest.raises(UsageError, match=rf"is not whole \(KeyError: '{name}'\)"):
@@ -215,6 +220,10 @@ def test_the_exact_graph_does_not_stand_for_the_engine(tmp_path: Path) -> None:
     verification = make_verification(folder)
     verification["provenance"]["precision"] = "int8"
     with pytest.raises(UsageError, match="an engine in int8 was verified, and the bundle's own computes in fp32"):
+        write_attestation(folder, verification)
+    verification = make_verification(folder)
+    verification["provenance"]["of_recipe"] = False
+    with pytest.raises(UsageError, match="and not the bundle's own engine; verify that one"):
         write_attestation(folder, verification)
 
 

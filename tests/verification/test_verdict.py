@@ -6,7 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpo_fast.verification.verdict import Check, Tolerance, default_tolerance, judge, verify_scores
+from dpo_fast.verification.verdict import (
+    LEAST,
+    MOST,
+    Check,
+    Tolerance,
+    default_tolerance,
+    judge,
+    verify_scores,
+)
 
 from .build import BFLOAT16_NOISE, FLOAT32_NOISE, draw_scorings, outcomes
 
@@ -190,15 +198,56 @@ def test_outputs_that_an_engine_does_not_give():
     assert found.drift.tokens.top1_agreement is None
 
 
+def without_reference(scoring):
+    return replace(scoring, reference_chosen=None, reference_rejected=None)
+
+
+def served(scorings):
+    """The same pairs where the engine is a server, which has a policy and no reference."""
+    rounded = scorings.rounded and without_reference(scorings.rounded)
+    reshaped, engine = map(without_reference, (scorings.reshaped, scorings.engine))
+    return replace(scorings, reshaped=reshaped, rounded=rounded, engine=engine, policy_alone=True)
+
+
+def test_a_server_is_judged_as_strictly_as_an_engine():
+    """Three and a half times the noise is too much, whether or not there is a reference that cannot be off."""
+    scorings = bfloat16(0, 2000, noise=3.5 * BFLOAT16_NOISE)
+    engine, server = (verify_scores(each, BFLOAT16) for each in (scorings, served(scorings)))
+    of_engine, of_server = ({check.name: check.value for check in found.checks} for found in (engine, server))
+    for name in ("token error", "margin error"):
+        assert outcomes(server)[name] == outcomes(engine)[name] == "fail"
+        # 2,000 pairs: half the tokens, or half of the margins' errors, are another sample of the same noise.
+        assert of_server[name] == pytest.approx(of_engine[name], rel=0.05)
+    assert server.drift.tokens.tokens == len(scorings.engine.policy_chosen.log_probs) + len(
+        scorings.engine.policy_rejected.log_probs
+    )
+    assert server.drift.tokens.median_absolute == pytest.approx(engine.drift.tokens.median_absolute, rel=0.05)
+    assert server.drift.reference_log_probs is None
+    assert server.decisions.original_accuracy == engine.decisions.original_accuracy
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_a_servers_noise_is_the_policys_own(noise):
+    """At what float32 resolves as well: floors of the policy's tokens alone."""
+    scorings = draw_scorings(0, 2000, engine_noise=noise)
+    engine, server = (verify_scores(each, FLOAT32) for each in (scorings, served(scorings)))
+    assert server.floor.token == pytest.approx(engine.floor.token, rel=0.05)
+    assert server.floor.margin == pytest.approx(engine.floor.margin / np.sqrt(2), rel=0.05)
+    assert outcomes(server) == outcomes(engine)
+
+
+def test_a_server_that_leaves_a_branch_out():
+    scorings = served(draw_scorings(0, 50))
+    assert verify_scores(replace(scorings, policy_alone=False), FLOAT32).verdict == "fail"
+    with_reference = replace(scorings, engine=scorings.original)
+    assert "engine: scored policy_chosen" in verify_scores(with_reference, FLOAT32).reasons[0]
+
+
 @pytest.mark.parametrize("reference_free", ["sum", "average", "norm"])
 def test_without_a_reference(reference_free):
     scorings = draw_scorings(0, reference_free=reference_free)
-
-    def drop(scoring):
-        return replace(scoring, reference_chosen=None, reference_rejected=None)
-
     names = ("original", "reshaped", "engine")
-    dropped = replace(scorings, **{name: drop(getattr(scorings, name)) for name in names})
+    dropped = replace(scorings, **{name: without_reference(getattr(scorings, name)) for name in names})
     assert verify_scores(dropped, FLOAT32).verdict == "pass"
 
 
@@ -232,12 +281,20 @@ def test_the_worst_check_decides(checks, verdict, reasons, needed):
     "limits",
     [
         {"floor": "bfloat16"}, {"max_multiple": 0.0}, {"max_multiple": np.nan}, {"max_accuracy_change": 1.0},
-        {"max_accuracy_change": -0.01}, {"near_tie": np.inf}, {"max_growth": 0},
+        {"max_accuracy_change": -0.01}, {"near_tie": np.inf}, {"max_growth": 0}, {"max_multiple": 1e308},
+        {"max_accuracy_change": 1e-200},
     ],
 )  # fmt: skip
 def test_limits_that_are_none(limits):
     with pytest.raises(ValueError, match=next(iter(limits))):
         Tolerance(**({"floor": "float32", "max_multiple": 10.0} | limits))
+
+
+@pytest.mark.parametrize("size", [LEAST, MOST])
+def test_limits_and_betas_of_any_size_that_is_taken_give_finite_numbers(size):
+    limits = dict.fromkeys(("max_multiple", "near_tie", "max_growth"), size)
+    tolerance = replace(BFLOAT16, **limits, max_accuracy_change=min(size, 0.5))
+    json.dumps(verify_scores(bfloat16(0, 50, beta=size), tolerance).as_dict(), allow_nan=False)
 
 
 def test_defaults():
