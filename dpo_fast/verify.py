@@ -66,6 +66,8 @@ class VerifyOptions:
         model: its name there.
         endpoint_dialect: how the server is asked for log-probs.
         api_key_variable: the environment variable that holds the server's key, where it needs one.
+        endpoint_timeout: seconds that one request to the server may take.
+        endpoint_tokens: of one request at most.
         precision: what the engine claims to compute in, which decides the limits; None takes the recipe's, and of a
             server the checkpoint's own.
         split: of a data set that has several.
@@ -91,6 +93,8 @@ class VerifyOptions:
     model: str | None = None
     endpoint_dialect: Dialect = "auto"
     api_key_variable: str = "OPENAI_API_KEY"
+    endpoint_timeout: float = 60.0
+    endpoint_tokens: int = 8192
     precision: str | None = None
     split: str | None = None
     limit: int | None = None
@@ -319,6 +323,10 @@ def _check_options(options: VerifyOptions) -> None:
         raise UsageError(f"--max-length {options.max_length} leaves no room for a prompt and a completion")
     if (options.endpoint is None) != (options.model is None):
         raise UsageError("--endpoint URL and --model NAME go together")
+    default = VerifyOptions()
+    for name in ("endpoint_dialect", "api_key_variable", "endpoint_timeout", "endpoint_tokens"):
+        if options.endpoint is None and getattr(options, name) != getattr(default, name):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)} is of a server: say --endpoint too")
     if options.endpoint is not None and options.engine != "recipe":
         raise UsageError(f"--engine {options.engine}: with --endpoint it is the server that is verified")
     if options.endpoint is not None and options.bisect:
@@ -399,6 +407,8 @@ def _endpoint(options: VerifyOptions) -> EndpointEngine:
         options.model,
         dialect=options.endpoint_dialect,
         api_key_variable=options.api_key_variable,
+        timeout_seconds=options.endpoint_timeout,
+        most_tokens=options.endpoint_tokens,
     )
 
 

@@ -238,6 +238,8 @@ def test_a_server_is_verified_by_its_log_probs(
 
 WRONG = {
     "--endpoint": ("http://127.0.0.1:1", "--endpoint URL and --model NAME go together"),
+    "--api-key-variable": ("MY_KEY", "--api-key-variable MY_KEY is of a server: say --endpoint too"),
+    "--endpoint http://127.0.0.1:1 --model tiny --endpoint-timeout": ("0", "timeout 0.0"),
     "--precision": ("fp12", "--precision 'fp12' is not known"),
     "--max-multiple": ("0", "max-multiple"),
     "--max-accuracy-change": ("1.5", "max-accuracy-change"),

@@ -41,6 +41,8 @@ def verify_command(
     api_key_variable: Annotated[
         str, typer.Option(help="Environment variable that holds the server's key.")
     ] = "OPENAI_API_KEY",
+    endpoint_timeout: Annotated[float, typer.Option(help="Seconds that one request to the server may take.")] = 60.0,
+    endpoint_tokens: Annotated[int, typer.Option(help="Tokens of one request at most.")] = 8192,
     precision: Annotated[
         str | None,
         typer.Option(help="What the engine claims to compute in.  [default: the recipe's]", show_default=False),
@@ -101,6 +103,8 @@ def verify_command(
         endpoint=endpoint,
         model=model,
         endpoint_dialect=endpoint_dialect,
+        endpoint_timeout=endpoint_timeout,
+        endpoint_tokens=endpoint_tokens,
         api_key_variable=api_key_variable,
         precision=precision,
         split=split,

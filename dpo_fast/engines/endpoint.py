@@ -152,7 +152,7 @@ class EndpointEngine:
             if len(ids) > self._most_tokens:
                 raise UsageError(
                     f"a sequence of {len(ids):,} tokens is longer than the {self._most_tokens:,} that one request to "
-                    f"{self.name} may have: lower --max-length"
+                    f"{self.name} may have: lower --max-length, or raise --endpoint-tokens"
                 )
         self._server.stopped.clear()
         wanted = [(ids, max(prompt_length, 1)) for ids, prompt_length in sequences]
