@@ -76,7 +76,8 @@ def evaluate(
     }
     metrics["provenance"] = _provenance(evaluation, scored)
     write_results(output, metrics, scored.account.skipped)
-    _update_card(evaluation.bundle, metrics, report)
+    if options.shard is None:  # a share of a set is not what a card is asked for
+        _update_card(evaluation.bundle, metrics, report)
     return metrics
 
 

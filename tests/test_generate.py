@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fake_engines import ROWS, FakeEngines, make_fake_bundle, write_rows
@@ -134,6 +136,33 @@ def test_the_same_seed_gives_the_same_samples_whatever_their_number(bundle: Path
     assert all(said.policy != other.policy for said, other in zip(all_of_them, others, strict=True))
 
 
+def test_rows_of_parquet_are_those_of_a_draw_one_by_one_and_read_in_one_go(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first usable rows of the seeded order; a group is decoded from its beginning, so once for all of them."""
+    rows = [{**ROWS[index % 5], "chosen": ROWS[index % 5]["chosen"] if index % 3 else ""} for index in range(6000)]
+    table = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table(table), tmp_path / "pairs.parquet", row_group_size=6000)
+    passes: list[list[int]] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counted(self: Any, *arguments: Any, row_groups: list[int], **options: Any) -> Any:
+        passes.append(row_groups)
+        return iter_batches(self, *arguments, row_groups=row_groups, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    path = str(tmp_path / "pairs.parquet")
+    drawn = draw_prompts(open_bundle(bundle), path, 12, seed=1, max_length=64, on_error="skip")
+
+    order = (np.random.default_rng(1).permutation(6000) + 1).tolist()
+    usable = [row for row in order if rows[row - 1]["chosen"]]
+    assert [prompt.row for prompt in drawn.prompts] == sorted(usable[:12])
+    looked_at = order[: order.index(usable[11]) + 1]
+    assert sorted(row.row for row in drawn.skipped) == sorted(set(looked_at) - set(usable))
+    assert len(drawn.skipped) == 8
+    assert len(passes) == 4  # of the 12, of the rows in the places of those that cannot be used, and so on
+
+
 def test_another_seed_draws_other_rows(bundle: Path, dataset: str) -> None:
     draws = [
         [prompt.row for prompt in draw_prompts(open_bundle(bundle), dataset, 2, seed=seed, max_length=64).prompts]
@@ -201,6 +230,16 @@ def test_the_policys_generation_config_holds_for_both_and_options_go_before_it(
         "top_k"
     ]
     assert top_k == 4
+
+
+def test_a_checkpoint_s_temperature_of_0_is_greedy(own_bundle: Callable[[], Path], dataset: str) -> None:
+    folder = own_bundle()
+    expected = sample(folder, dataset, sampling=GREEDY)
+    (folder / POLICY / "generation_config.json").write_text(json.dumps({"temperature": 0.0}))
+    complete_again(folder)
+
+    assert sample(folder, dataset) == expected
+    assert sample(folder, dataset, sampling=Sampling(12, temperature=1.0)) != expected
 
 
 @pytest.mark.slow

@@ -273,6 +273,23 @@ def test_a_run_of_other_weights_is_refused_before_anything_is_sent(
     assert not (bundle / "policy" / "README.md").exists()
 
 
+def test_a_run_against_another_reference_or_of_a_share_of_the_rows_is_refused(
+    hub: LoopbackHub, dataset: str, tmp_path: Path, bundle: Path, push: Callable[..., Done]
+) -> None:
+    """Its rewards are not those of this bundle; its numbers are not those of the set that the card would name."""
+    other = make_fake_bundle(tmp_path / "other")
+    (other / "reference" / "model.safetensors").write_bytes(b"another reference")
+    rewrite_manifest(other)
+    evaluate(other, dataset, tmp_path / "run", engine=FakeEngines())
+    options = EvaluateOptions(part_size=2, shard=(1, 2))
+    evaluate(bundle, dataset, tmp_path / "shard", options, engine=FakeEngines())
+
+    push("--run", str(tmp_path / "run")).assert_refused("another reference than this bundle's")
+    push("--run", str(tmp_path / "shard")).assert_refused("a share of the rows", "dpo-fast merge")
+    assert hub.requests == []
+    assert not (bundle / "policy" / "README.md").exists()  # nor does it become the card's numbers by itself
+
+
 @pytest.mark.parametrize("name", ["policy/model.safetensors", "policy/config.json", "reference.onnx"])
 @pytest.mark.parametrize("is_attested", [True, False])
 def test_an_altered_bundle_is_refused_before_anything_is_sent(
@@ -356,6 +373,26 @@ def test_a_graph_goes_on_request_and_does_not_outlive_its_weights(hub: LoopbackH
     second = hub.repositories[REPO_ID].files()
     assert set(first) - set(second) == graphs
     assert "How to run the graph" not in second["README.md"].content.decode()
+
+
+def test_what_others_keep_in_the_repository_stays(hub: LoopbackHub, push: Callable[..., Done]) -> None:
+    """Files whose names resemble ours, in folders of their own or without a graph of ours that would need them."""
+    assert push().code == 0
+    repository = hub.repositories[REPO_ID]
+    theirs = {
+        name: Blob(b"theirs", True)
+        for name in (
+            "models/old/model.safetensors", "model_fp16/weights.safetensors", "model-notes/x.safetensors",
+            "model.fp16.safetensors", "adapter_models/a.safetensors", "policy.old/graph.onnx",
+            "engines/mine/sub/policy.bin", "base/model.safetensors", "reference/model.safetensors",
+        )
+    }  # fmt: skip
+    ours = {"model-00001-of-00002.safetensors": Blob(b"older", True), "plots/margin_histogram.png": Blob(b"old", True)}
+    repository.commit("main", {**repository.files(), **theirs, **ours}, "theirs")
+
+    assert push().code == 0
+    assert {name: blob for name, blob in repository.files().items() if blob.content == b"theirs"} == theirs
+    assert not ours.keys() & repository.files().keys()
 
 
 def test_a_licence_that_the_card_lacks_is_a_warning(hub: LoopbackHub, bundle: Path, push: Callable[..., Done]) -> None:

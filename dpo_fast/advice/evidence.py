@@ -77,7 +77,8 @@ def read_trainer_state(path: Path) -> TrainingAccuracy | None:
         logs = [entry for entry in state["log_history"] if ACCURACY_LOGGED in entry]
         if not logs:
             return None
-        from_epoch = max(1.0, float(logs[-1]["epoch"]) - 1)
+        to_epoch = float(logs[-1]["epoch"])
+        from_epoch = max(1.0, to_epoch - 1)
         seen = [entry for entry in logs if float(entry["epoch"]) > from_epoch]
         before = [int(entry["step"]) for entry in logs if float(entry["epoch"]) <= from_epoch]
         if not seen:
@@ -93,4 +94,4 @@ def read_trainer_state(path: Path) -> TrainingAccuracy | None:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: is no trainer's state, or damaged; name a checkpoint of the training") from error
-    return TrainingAccuracy(right, pairs, f"the trainer's log, epochs {from_epoch:.1f} to {logs[-1]['epoch']:.1f}")
+    return TrainingAccuracy(right, pairs, f"the trainer's log, epochs {from_epoch:.1f} to {to_epoch:.1f}")

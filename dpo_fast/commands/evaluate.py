@@ -236,7 +236,8 @@ def evaluate_command(
         print_hints(hints, console())
         if page is not None:
             typer.echo(f"report: {page}")
-        typer.echo(f"run: {output} ({METRICS}); model card: {bundle / 'policy' / 'README.md'}")
+        card = "" if shard is not None else f"; model card: {bundle / 'policy' / 'README.md'}"
+        typer.echo(f"run: {output} ({METRICS}){card}")
     report_run(report_to or (), output, bundle=bundle, step=step, say=say)
 
 

@@ -19,7 +19,8 @@ from dpo_fast.commands.options import (
     Split,
     TrustRemoteCode,
 )
-from dpo_fast.commands.output import console, print_json, say
+from dpo_fast.commands.output import LONGEST_LINE, console, print_json, say
+from dpo_fast.text import one_line
 from dpo_fast.types import LOSS_TYPES, LossSettings, OnError
 
 
@@ -102,7 +103,10 @@ def watch_command(
             def show(steps: dict[str, Any]) -> None:
                 live.update(watch_table(steps, f"watching {checkpoints}; Ctrl-C ends"), refresh=True)
 
-            result = watch(bundle, checkpoints, dataset, output, options, lambda line: where.print(Text(line)), show)
+            def tell(line: str) -> None:  # as `say`, but above the table
+                where.print(Text(one_line(line, LONGEST_LINE)))
+
+            result = watch(bundle, checkpoints, dataset, output, options, tell, show)
             live.update(watch_table(result), refresh=True)
     else:
         result = watch(bundle, checkpoints, dataset, output, options, say)

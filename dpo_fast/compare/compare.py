@@ -220,6 +220,10 @@ def _notes(
     }
     if len(references) > 1:
         notes.append("the runs' references differ: each one's rewards are relative to its own")
+    ties = [int((each.margins == 0).sum()) for each in values]
+    if len(set(ties)) > 1:
+        of_runs = ", ".join(f"{name}: {count:,}" for name, count in zip(names, ties, strict=True))
+        notes.append(f"a tie is counted as wrong, and the runs differ in ties, so in accuracy too ({of_runs})")
     if any(each.losses is None for each in values):
         notes.append("the loss cannot be traced to single pairs, so it is not compared")
     columns = sorted({str(each["group_by"]) for each in provenances if each.get("group_by") not in (None, group_by)})

@@ -73,6 +73,8 @@ def generation_settings(model: Any, tokenizer: Any, sampling: Sampling) -> Gener
         ends = [*ends, tokenizer.eos_token_id]
     pads = (settings.pad_token_id, tokenizer.pad_token_id, *ends)
     greedy = sampling.greedy or sampling.temperature == 0
+    if (sampling.temperature, sampling.top_p, sampling.top_k) == (None, None, None):
+        greedy = greedy or settings.temperature == 0  # as some checkpoints write it
 
     def drawn(name: str, default: float) -> float | None:
         """A sampling setting; none where nothing is drawn."""

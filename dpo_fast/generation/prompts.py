@@ -88,22 +88,26 @@ def draw_prompts(
     prompts: list[Prompt] = []
     skipped: list[SkippedRow] = []
     without_prompt = 0
-    for index in np.random.default_rng(seed).permutation(len(data)).tolist():
-        if len(prompts) == count:
-            break
-        items = data.rows(on_error=on_error, start=index, stop=index + 1)
-        (pair,) = tokenize(items, tokenizer, max_length=max_length, on_error=on_error)
-        if isinstance(pair, SkippedRow):
-            skipped.append(pair)
-        elif not pair.prompt_ids:
-            without_prompt += 1
-        elif (largest := max(pair.prompt_ids)) >= vocabulary:
-            raise BundleError(
-                f"row {pair.row}: the tokenizer gave the id {largest}, and the model's vocabulary ends at "
-                f"{vocabulary - 1}; export the bundle with the model's own tokenizer"
-            )
-        else:
-            prompts.append(Prompt(pair.row, pair.prompt_ids, decode(tokenizer, pair.prompt_ids)))
+    order, looked_at = np.random.default_rng(seed).permutation(len(data)), 0
+    while len(prompts) < count and looked_at < len(order):
+        # No more rows than are still missing, so that they are those of a draw one by one; read in the data set's
+        # order, in which each row group of Parquet is gone through once and not once a row.
+        drawn = np.sort(order[looked_at : looked_at + count - len(prompts)])
+        looked_at += len(drawn)
+        for index in drawn.tolist():
+            items = data.rows(on_error=on_error, start=index, stop=index + 1)
+            (pair,) = tokenize(items, tokenizer, max_length=max_length, on_error=on_error)
+            if isinstance(pair, SkippedRow):
+                skipped.append(pair)
+            elif not pair.prompt_ids:
+                without_prompt += 1
+            elif (largest := max(pair.prompt_ids)) >= vocabulary:
+                raise BundleError(
+                    f"row {pair.row}: the tokenizer gave the id {largest}, and the model's vocabulary ends at "
+                    f"{vocabulary - 1}; export the bundle with the model's own tokenizer"
+                )
+            else:
+                prompts.append(Prompt(pair.row, pair.prompt_ids, decode(tokenizer, pair.prompt_ids)))
     if not prompts:
         reason = f"row {skipped[0].row}: {skipped[0].reason}" if skipped else "their prompts are empty"
         raise DatasetError(f"{dataset}: none of its {len(data)} rows can be answered; {reason}")

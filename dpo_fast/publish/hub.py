@@ -1,10 +1,11 @@
 """Publishing files on the Hugging Face Hub, with huggingface_hub and nothing else."""
 
+import glob
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,22 +19,13 @@ if TYPE_CHECKING:
 
 # What an earlier push may have left, and what would be taken for this one's: weights under other names, as
 # `from_pretrained` takes model.safetensors before an index of shards; graphs and numbers of other weights.
-STALE_PATTERNS = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model*.safetensors",
-    "policy.onnx",
-    "policy.*.onnx",
-    "reference.onnx",  # an adapter's, which the policy is the base of
-    "reference.*.onnx",
-    "engines/*/policy.*",
-    "engines/*/reference.*",
-    "base/*.safetensors",
-    "reference/*.safetensors",
-    ".eval_results/dpo_fast.yaml",
-    "plots/margin_histogram.png",
-    "plots/accuracy_by_subset.png",
-]
+_GRAPH = re.compile(r"(policy|reference)(\.[^/]+)?\.onnx")  # the reference's: an adapter's, which the policy is beneath
+_STALE = re.compile(
+    r"model(-[^/]+)?\.safetensors|model\.safetensors\.index\.json|adapter_model(-[^/]+)?\.safetensors"
+    r"|engines/[^/]+/(policy|reference)\.[^/]+|\.eval_results/dpo_fast\.yaml"
+    r"|plots/(margin_histogram|accuracy_by_subset)\.png"
+)
+_BENEATH_A_GRAPH = re.compile(r"(base|reference)/[^/]+\.safetensors")  # ours only where a graph is
 
 
 def push(
@@ -84,13 +76,13 @@ def push(
                 link = Path(folder, name)
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path.resolve())
-            parent = _prepare_repository(api, repo_id, private=private, revision=revision)
+            parent, there = _prepare_repository(api, repo_id, private=private, revision=revision)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message or "Upload with dpo_fast",
-                delete_patterns=STALE_PATTERNS,
+                delete_patterns=[glob.escape(name) for name in stale_files(there)],
                 create_pr=create_pr,
                 parent_commit=parent,
             )
@@ -99,6 +91,19 @@ def push(
     except Exception as error:
         raise HubError(_explain(error, repo_id, token)) from None
     return str(commit.pr_url or commit.commit_url)
+
+
+def stale_files(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that an earlier push has left, as far as names can tell; no others are deleted.
+
+    Args:
+        names: paths in the repository.
+    """
+    names = list(names)
+    stale = [name for name in names if _GRAPH.fullmatch(name)]
+    if stale:
+        stale += [name for name in names if _BENEATH_A_GRAPH.fullmatch(name)]
+    return stale + [name for name in names if _STALE.fullmatch(name)]
 
 
 def find_token(repo_id: str, token: str | None = None) -> str:
@@ -137,19 +142,21 @@ def check_repo_id(repo_id: str) -> None:
         raise UsageError(f"--repo-id {one_line(repr(repo_id))} must be 'user/name', in letters, digits and -_.")
 
 
-def _prepare_repository(api: "HfApi", repo_id: str, *, private: bool, revision: str | None) -> str | None:
-    """Create the repository and the branch where there are none; the commit that is at the branch's head."""
+def _prepare_repository(
+    api: "HfApi", repo_id: str, *, private: bool, revision: str | None
+) -> tuple[str | None, list[str]]:
+    """Create the repository and the branch where there are none; the commit at the branch's head, and its files."""
     # None, not False: an organisation whose repositories are private by default stays so.
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     info = api.model_info(repo_id)
     # An existing repository keeps its visibility, whatever was asked for.
     if private and not info.private:
         raise HubError(f"{repo_id!r} exists and is public: make it private on the Hub, or push without --private")
-    if revision is None:
-        return info.sha
-    if not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.model_info(repo_id, revision=revision).sha
+    if revision is not None:
+        if not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+    return info.sha, [file.rfilename for file in info.siblings or ()]
 
 
 @contextmanager

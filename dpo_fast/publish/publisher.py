@@ -18,7 +18,7 @@ from dpo_fast.publish.hub import check_repo_id, find_token, push
 from dpo_fast.publish.metadata import problems_of_card
 from dpo_fast.publish.model_folder import model_files, problems_of
 from dpo_fast.publish.values import is_model_id
-from dpo_fast.publish.verified import Verified, find_verification
+from dpo_fast.publish.verified import Verified, find_verification, is_of
 from dpo_fast.run_folder import METRICS
 from dpo_fast.text import one_line
 
@@ -226,11 +226,17 @@ def _metrics_of(run: Path, bundle: Bundle) -> dict[str, Any]:
     path = run / METRICS
     try:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        scored = metrics["provenance"]["models"][POLICY]["weights_and_graph_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        shard = metrics["provenance"].get("shard")
+        scored = {role: each["weights_and_graph_sha256"] for role, each in metrics["provenance"]["models"].items()}
+        of_policy = scored[POLICY]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"--run {run}: holds no readable {METRICS}; name a folder that `evaluate` wrote") from error
-    if scored != bundle.role_hashes(POLICY):
+    if of_policy != bundle.role_hashes(POLICY):
         raise UsageError(f"--run {run}: was made with other weights than this bundle's; evaluate this bundle")
+    if not is_of(bundle, scored):
+        raise UsageError(f"--run {run}: was made with another reference than this bundle's; evaluate this bundle")
+    if shard is not None:
+        raise UsageError(f"--run {run}: is of a share of the rows; name what `dpo-fast merge` makes of all shards")
     return metrics
 
 

@@ -66,15 +66,13 @@ def find_verification(bundle: Bundle, folder: Path | None) -> Verified | None:
         result = json.loads(path.read_text(encoding="utf-8"))
         made = result["provenance"]
         scored = {role: model["weights_and_graph_sha256"] for role, model in made["models"].items()}
-        of_policy = scored[POLICY]
+        if POLICY not in scored:
+            raise KeyError(POLICY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"--verification {folder}: holds no readable {RESULT}; name a folder that `verify` wrote"
         ) from error
-    known = bundle.manifest.models
-    if of_policy != bundle.role_hashes(POLICY) or any(
-        role not in known or hashes != bundle.role_hashes(role) for role, hashes in scored.items()
-    ):
+    if not is_of(bundle, scored):
         raise UsageError(
             f"--verification {folder}: is of other weights or graphs than this bundle's; verify this bundle"
         )
@@ -84,6 +82,17 @@ def find_verification(bundle: Bundle, folder: Path | None) -> Verified | None:
             "that one, without --engine, --endpoint and --precision"
         )
     return _read({**made, **result}, made.get("dataset"), path)
+
+
+def is_of(bundle: Bundle, scored: Mapping[str, Any]) -> bool:
+    """Whether all models that were scored are the bundle's.
+
+    Args:
+        bundle: that is to be published.
+        scored: the hashes of weights and graph, by role.
+    """
+    known = bundle.manifest.models
+    return all(role in known and hashes == bundle.role_hashes(role) for role, hashes in scored.items())
 
 
 def _read(value: Mapping[str, Any], dataset: Any, path: Path) -> Verified:

@@ -43,12 +43,16 @@ def plotly_script() -> str:
 
 
 def margins_chart(margins: Float64Array) -> dict[str, Any]:
-    """Histogram of the margins, right and wrong."""
-    counted = histogram(margins)
-    wrong = counted.edges[:-1] < 0
+    """Histogram of the margins, right and wrong, and of ties, which count as wrong."""
+    counted, ties = histogram(margins), int((margins == 0).sum())
+    low = counted.edges[:-1]
+    at_zero = np.where(low == 0, ties, 0)
     figure = _figure("margin", "pairs")
-    for name, colour, mask in (("below 0: wrong", REJECTED, wrong), ("above 0: right", CHOSEN, ~wrong)):
-        _add_bars(figure, name, colour, counted, np.where(mask, counted.counts, 0))
+    figure.update_layout(barmode="stack", legend={"traceorder": "normal"})
+    if ties:
+        _add_bars(figure, "0: a tie, wrong", NEUTRAL, counted, at_zero)
+    for name, colour, mask in (("below 0: wrong", REJECTED, low < 0), ("above 0: right", CHOSEN, low >= 0)):
+        _add_bars(figure, name, colour, counted, np.where(mask, counted.counts - at_zero, 0))
     return _plain(figure)
 
 
@@ -144,8 +148,11 @@ def losses_chart(sweep: Sweep) -> dict[str, Any]:
     figure = _figure("beta", "loss", height=420)
     for number, loss in enumerate(sweep.losses):
         betas = [beta for beta in sweep.betas if (loss, beta) in sweep.values]
-        values, intervals = zip(*(sweep.values[loss, beta] for beta in betas), strict=True)
-        known = None not in intervals
+        of_betas = [sweep.values[loss, beta] for beta in betas]
+        # Rounded, or an axis would tell rounding errors apart where all are the same.
+        values = [round(value, 6) for value, _ in of_betas]
+        intervals = [[round(end, 6) for end in ends] for _, ends in of_betas if ends is not None]
+        known = len(intervals) == len(values)
         figure.add_scatter(
             x=betas, y=values, mode="markers+lines", name=loss, visible=True if number == 0 else "legendonly",
             hovertemplate=f"{loss}, beta %{{x:g}}: %{{y:.4f}}<extra></extra>",

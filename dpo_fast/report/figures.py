@@ -141,8 +141,10 @@ def histogram_edges(values: Float64Array) -> Float64Array:
     """
     low, inner_low, inner_high, high = np.quantile(values, [0, 0.005, 0.995, 1]).tolist()
     width = max((inner_high - inner_low) / HISTOGRAM_BINS, (high - low) / MOST_HISTOGRAM_BINS)
-    # All the same, or nearly: a bin that float64 can still tell from its neighbours.
-    width = _round_up(max(width, 1e-9 * max(abs(low), abs(high)), 1e-12))
+    size = max(abs(low), abs(high))
+    if width < max(1e-9 * size, 1e-12):  # all the same, or nearly: a bin that can be seen
+        width = 0.1 * size if size > 1e-9 else 0.1
+    width = _round_up(width)
     return np.arange(floor(low / width), floor(high / width) + 2) * width
 
 

@@ -1,6 +1,7 @@
 """Figures as PNG files, for a model card: the same numbers as in the page, drawn by matplotlib."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +37,11 @@ def margin_histogram_png(run: Path, path: Path) -> None:
     counted = histogram(margins)
     colours = np.where(counted.edges[:-1] < 0, REJECTED, CHOSEN)
     axes.bar(counted.edges[:-1], counted.counts, np.diff(counted.edges), align="edge", color=colours.tolist())
+    of_all, ties = accuracy("all", margins), int((margins == 0).sum())
+    axes.bar(0, ties, np.diff(counted.edges)[0], align="edge", color=NEUTRAL)
     axes.axvline(0, color=NEUTRAL, linewidth=1)
-    of_all = accuracy("all", margins)
-    axes.set_title(f"{of_all.pairs:,} pairs, {of_all.share:.1%} of them right", fontsize=10)
+    shown = f", {ties:,} ties, which count as wrong (grey)" if ties else ""
+    axes.set_title(f"{of_all.pairs:,} pairs, {of_all.share:.1%} of them right{shown}", fontsize=10)
     axes.set_xlabel("reward margin, chosen − rejected")
     axes.set_ylabel("pairs")
     _write(figure, path)
@@ -93,5 +96,7 @@ def _figure(*, height: float) -> "tuple[Figure, Axes]":
 def _write(figure: "Figure", path: Path) -> None:
     """Write the figure at once; the same figure gives the same bytes."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of a name; the card has it as text
+        figure.savefig(content, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     write_bytes(path, content.getvalue())

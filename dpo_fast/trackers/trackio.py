@@ -1,6 +1,7 @@
 """Trackio, by TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL; TRACKIO_PROJECT is read here, for Trackio has none."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ class TrackioTracker:
         """See `Tracker.log_files`."""
         found = dict(files_of(paths))
         if found:
-            artifact = trackio.Artifact(f"evaluation-{self._run.name}", type="evaluation")
-            for name, file in found.items():
-                artifact.add_file(str(file), name)
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", str(self._run.name))  # all that an artifact's name may hold
+            artifact = trackio.Artifact(f"evaluation-{name}", type="evaluation")
+            for path, file in found.items():
+                artifact.add_file(str(file), path)
             self._run.log_artifact(artifact)
 
     def close(self, *, failed: bool) -> None:

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 Saved = TypeVar("Saved")
 Result = TypeVar("Result")
 
+SAVED = ".saved"  # in the output folder, a name of nobody else's: models that are written to be exported, and removed
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # of a data set, what is evaluated
 
 
@@ -194,19 +195,18 @@ class DPOFastCallback(TrainerCallback):  # type: ignore[misc]  # Transformers ha
         )
 
         def save() -> tuple[Path, str]:
-            return self._save_policy(), self._reference or save_reference(trainer, self._folder / "reference")
+            policy = self._save_policy()
+            return policy, self._reference or save_reference(trainer, policy.with_name("reference"))
 
         def export_bundle(saved: tuple[Path, str]) -> None:
             policy, reference = saved
-            own = Path(reference) == self._folder / "reference"
+            own = Path(reference).parent == policy.parent
             for remains in self._folder.glob(".bundle.*"):  # of a process that was killed
                 shutil.rmtree(remains)
             self._datasets = self._write_datasets()
             # What was written a moment ago is removed below, so that its place on the disk can be the bundle's.
             export(str(policy), reference, self._folder / "bundle", replace(options, link=own), logger.info)
-            shutil.rmtree(policy)
-            if own:
-                shutil.rmtree(reference)
+            shutil.rmtree(policy.parent)
 
         self._together(save, export_bundle)
         self._options = replace(
@@ -218,11 +218,11 @@ class DPOFastCallback(TrainerCallback):  # type: ignore[misc]  # Transformers ha
 
     def _save_policy(self) -> Path:
         """Write the policy's weights as they are now, into a new folder; in every process."""
-        folder = self._folder / "policy"
-        if self._trainer.is_world_process_zero() and folder.exists():  # of a process that was killed
-            shutil.rmtree(folder)
-        save_policy(self._trainer, folder)
-        return folder
+        saved = self._folder / SAVED
+        if self._trainer.is_world_process_zero() and saved.exists():  # of a process that was killed
+            shutil.rmtree(saved)
+        save_policy(self._trainer, saved / "policy")
+        return saved / "policy"
 
     def _score(self, policy: Path, prefix: str) -> dict[str, float]:
         """The metrics of the weights in a folder, which is removed."""
@@ -231,7 +231,7 @@ class DPOFastCallback(TrainerCallback):  # type: ignore[misc]  # Transformers ha
         # The graph is the one that was compared with PyTorch; NaN in the weights is looked for each time.
         options = RefitOptions(self_check=False, link=True, trust_remote_code=self._options.trust_remote_code)
         refit(bundle, str(policy), None, options, logger.info)
-        shutil.rmtree(policy)
+        shutil.rmtree(policy.parent)
         logged: dict[str, float] = {}
         pairs = 0
         for name, dataset in self._datasets.items():

@@ -6,6 +6,7 @@ is being copied from elsewhere may have it first, so its files must also have st
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,12 +53,13 @@ def list_files(checkpoint: Path) -> Files:
     """The files of a checkpoint, those in its folders included; what vanishes while it is looked at is left out."""
 
     def look() -> Iterator[tuple[str, int, int]]:
-        for path in checkpoint.rglob("*"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            yield path.relative_to(checkpoint).as_posix(), status.st_size, status.st_mtime_ns
+        for folder, _, names in os.walk(checkpoint):  # not rglob, which stumbles over a folder that vanishes
+            for path in (Path(folder, name) for name in names):
+                try:
+                    status = path.stat()
+                except OSError:  # gone; on a network's disk, "stale"
+                    continue
+                yield path.relative_to(checkpoint).as_posix(), status.st_size, status.st_mtime_ns
 
     return frozenset(look())
 

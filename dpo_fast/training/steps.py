@@ -82,8 +82,8 @@ class Steps:
 
     @property
     def training_has_ended(self) -> bool:
-        """Whether the last checkpoint of the training has been scored."""
-        return any(0 < each.max_steps <= each.step for each in self.scored)
+        """Whether the last checkpoint of the training has been scored; a training may be resumed with more steps."""
+        return bool(self.scored) and 0 < self.scored[-1].max_steps <= self.scored[-1].step
 
     def as_dict(self) -> dict[str, Any]:
         """The content of watch.json."""

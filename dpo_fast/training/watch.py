@@ -182,14 +182,18 @@ class _Watch:
             if look == 1 and not self.seen and not self.steps.scored:
                 self.report(f"{self.checkpoints}: holds no checkpoint yet; waiting")
             self._wait()
-        for _, name in sorted(self.seen):
+        for _, name in [] if self._has_as_many_as_asked() else sorted(self.seen):
             self.report(f"{name}: is not whole, since {TRAINER_STATE} is missing, or its files still change; left out")
         if self.options.once and not self.steps.scored and not self.steps.left_out:
             raise UsageError(f"--checkpoints {self.checkpoints}: holds no whole checkpoint-STEP of a trainer")
 
+    def _has_as_many_as_asked(self) -> bool:
+        """Whether as many checkpoints were scored as `stop_after` says."""
+        return self.options.stop_after is not None and len(self.steps.scored) >= self.options.stop_after
+
     def _has_enough(self) -> bool:
         """Whether as many checkpoints were scored as were asked for, or as there will be."""
-        if self.options.stop_after is not None and len(self.steps.scored) >= self.options.stop_after:
+        if self._has_as_many_as_asked():
             return True
         # One that has no state by the end of the training will never have one: its trainer was killed.
         waiting = (name for _, name in self.seen if read_trainer_state(self.checkpoints / name) is not None)
@@ -203,7 +207,7 @@ class _Watch:
         for step, name in sorted(self.seen.keys() - {(step, path.name) for step, path in found}):
             self._leave_out(step, name, DELETED)
         for step, path in found:
-            if self._has_enough():
+            if self._has_as_many_as_asked():
                 return
             files, state = list_files(path), read_trainer_state(path)
             if state is None or self.seen.get((step, path.name)) != files:
@@ -243,6 +247,12 @@ class _Watch:
         run = self.output / RUNS / path.name
         metrics = evaluate(refitted, self.dataset, run, options, self.report)
         shutil.rmtree(refitted)
+        if metrics["provenance"]["dataset"]["fingerprint"] != self.steps.common["dataset_fingerprint"]:
+            shutil.rmtree(run)
+            raise UsageError(
+                f"{self.dataset}: has changed since this watch began, so {path.name} cannot be put beside the others; "
+                "bring it back and run the same command again, or say --overwrite"
+            )
         del self.seen[step, path.name]
         scored = ScoredStep(
             step=step,

@@ -177,6 +177,16 @@ def test_notes_say_what_else_differs(runs: list[Path], tmp_path: Path):
     assert compare(runs[:2])["notes"] == []
 
 
+def test_a_run_of_ties_is_not_a_bad_one_without_a_note(runs: list[Path], tmp_path: Path):
+    """A policy that is its own reference: all its margins are 0, and count as wrong."""
+    alike = np.full(PAIRS, -50.0)
+    itself = write_run(tmp_path / "itself", pairs_of(PAIRS, groups=GROUPS), alike, alike)
+
+    [note] = compare([itself, runs[0]])["notes"]
+    assert "a tie is counted as wrong" in note
+    assert "(itself: 240, checkpoint-100: 0)" in note
+
+
 # What is refused.
 
 

@@ -1,6 +1,7 @@
 """The figures' numbers: by hand, against plain loops, and what must hold whatever the scores are."""
 
 import math
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_fast.evaluate import EvaluateOptions, evaluate
+from dpo_fast.report.charts import margins_chart
 from dpo_fast.report.figures import (
     CALIBRATION_BINS,
     Accuracy,
@@ -37,6 +39,16 @@ def margins_of(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64
 # Histograms.
 
 
+def test_ties_are_not_drawn_as_right() -> None:
+    """Of five pairs, two with a margin of 0 lie in the first bin above it, and count as wrong."""
+    pytest.importorskip("plotly")
+    bars = {bar["name"]: bar["y"] for bar in margins_chart(np.array([-1.0, 0.0, 0.0, 0.5, 2.0]))["data"]}
+    counts = {name: int(np.frombuffer(b64decode(y["bdata"]), y["dtype"]).sum()) for name, y in bars.items()}
+
+    assert counts == {"0: a tie, wrong": 2, "below 0: wrong": 1, "above 0: right": 2}
+    assert [bar["name"] for bar in margins_chart(np.array([-1.0, 2.0]))["data"]] == ["below 0: wrong", "above 0: right"]
+
+
 @given(st.lists(finite, min_size=1, max_size=60))
 def test_a_histogram_counts_every_value(values: list[float]) -> None:
     counted = histogram(np.array(values))
@@ -47,6 +59,15 @@ def test_a_histogram_counts_every_value(values: list[float]) -> None:
     assert counted.edges[0] - 1e-6 * width <= min(values)  # but for rounding, of which counting takes no notice
     assert max(values) <= counted.edges[-1] + 1e-6 * width
     assert len(counted.counts) <= 202  # 200 over the range, and one more where it does not begin at an edge
+
+
+@pytest.mark.parametrize("value", [0.0, -0.7375, 1e6])
+def test_pairs_that_are_all_alike_make_a_bar_that_can_be_seen(value: float) -> None:
+    """One pair; or a policy that is its reference, whose margins are all 0."""
+    edges = histogram_edges(np.full(3, value))
+
+    assert len(edges) <= 3
+    assert edges[-1] - edges[0] >= 0.05 * max(abs(value), 1)
 
 
 def test_zero_is_an_edge_so_that_no_bin_is_right_and_wrong() -> None:

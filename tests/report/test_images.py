@@ -18,10 +18,12 @@ from .made_runs import make_run, make_table
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     table = make_table(400, np.arange(1, 400))
-    table.groups[:] = ["$\\frac{", "<b>", "name\n\x1b[31m" + "y" * 300, "plain"] * 100  # no mathematics, no new lines
+    # No mathematics, no new lines, characters that the font lacks.
+    table.groups[:] = ["$\\frac{", "<b>", "name\n\x1b[31m" + "y" * 300, "数学"] * 100
     return make_run(folder / "run", make_fake_bundle(folder / "bundle"), table)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("draw", [margin_histogram_png, accuracy_by_subset_png])
 def test_plots_are_png_files_and_the_same_each_time(run: Path, tmp_path: Path, draw: object) -> None:
     assert callable(draw)

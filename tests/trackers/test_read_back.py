@@ -104,6 +104,19 @@ def test_trackio(finished_run: Path, metrics: dict[str, float]) -> None:
     assert {entry["path"] for entry in manifest["manifest"]} == FILES
 
 
+def test_a_run_of_any_name_keeps_its_files(tmp_path: Path) -> None:
+    """Of a folder's name, or a trainer's, Trackio's artifacts take some characters only."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (tmp_path / "numbers.json").write_text("{}")
+    with Reporter(["trackio"], run_name="my run (läuft)") as reporter:
+        reporter.report({}, step=1, artifacts=[tmp_path / "numbers.json"])
+
+    manifest = SQLiteStorage.get_artifact_manifest("preferences", "evaluation-my_run__l_uft_", "latest")
+    assert manifest is not None
+    assert [entry["path"] for entry in manifest["manifest"]] == ["numbers.json"]
+
+
 def test_tensorboard(finished_run: Path, metrics: dict[str, float], tmp_path: Path, monkeypatch: Any) -> None:
     from PIL import Image
 

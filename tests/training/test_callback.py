@@ -225,6 +225,22 @@ def test_the_reference_is_the_trainer_s(
             callback._export()
 
 
+def test_models_that_lie_in_the_output_folder_stay(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, exported: list[dict[str, Any]]
+) -> None:
+    """The user's own policy/ and reference/ are not taken for what is written on the way to the bundle."""
+    for folder, name in zip(tiny_pair, ("policy", "reference"), strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    callback = DPOFastCallback(every=1, output=tmp_path, reference=str(tmp_path / "reference"))
+    make_trainer(*tiny_pair, tmp_path / "trained", [callback], max_steps=1).train()
+
+    assert {path: path.read_bytes() for path in before if path.is_file()} == before
+    [call] = exported
+    assert not call["options"].link  # of weights that the user may write over
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "policy", "reference", "trained"]
+
+
 @pytest.mark.parametrize(
     ("callback", "arguments", "says"),
     [

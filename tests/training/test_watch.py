@@ -1,5 +1,6 @@
 """The watch: which checkpoints it scores, in which order, how often; real refits are in test_watched_training.py."""
 
+import io
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from fake_engines import ROWS, FakeEngine, make_fake_bundle, write_rows
+from rich.console import Console
 from signals import send
 
 import dpo_fast.cli
@@ -18,6 +20,7 @@ from dpo_fast.bundle import Bundle
 from dpo_fast.errors import CheckpointError, InterruptedRunError, OutputExistsError, TrackerError, UsageError
 from dpo_fast.export.checkpoint import open_checkpoint
 from dpo_fast.run_folder import read_metrics
+from dpo_fast.training.checkpoints import list_files
 from dpo_fast.training.watch import WatchOptions, watch
 
 HOSTILE = "<script>alert(1)</script>"
@@ -184,6 +187,24 @@ def test_one_that_is_deleted_while_it_is_read_is_left_out(watched: Watched, monk
     assert watched.scored == ["checkpoint-100"]
 
 
+def test_a_folder_that_vanishes_as_its_files_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that rotates its checkpoints removes their subfolders one after another."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("1")
+    stat = Path.stat
+
+    def race(self: Path, **options: Any) -> Any:
+        if self.name == "weights":
+            for folder in [folder for folder in tmp_path.iterdir() if folder != self.parent]:
+                shutil.rmtree(folder)
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", race)
+    [(name, size, _)] = list_files(tmp_path)
+    assert (Path(name).name, size) == ("weights", 1)
+
+
 def test_where_none_can_be_scored_that_is_an_error(watched: Watched) -> None:
     (watched.add(100) / "model.safetensors").write_bytes(b"12345678")
 
@@ -211,10 +232,27 @@ def test_once_and_stop_after(watched: Watched) -> None:
 
     assert len(watched.watch(nothing, stop_after=2)["steps"]) == 2
     assert len(watched.watch(stop_after=2)["steps"]) == 2  # they are there already
+    assert watched.said == []  # checkpoint-3 is whole, and just not asked for
     assert len(watched.watch(nothing, once=True)["steps"]) == 3
     assert watched.scored == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     with pytest.raises(UsageError, match="holds no whole checkpoint-STEP"):
         watch(watched.bundle, watched.folder, watched.pairs, watched.folder / "other", WatchOptions(once=True))
+
+
+def test_a_training_that_was_made_longer_and_late_comers_are_scored(watched: Watched) -> None:
+    """An ended training is resumed with more steps; and a checkpoint of before its end is copied there later."""
+    watched.add(100)
+    watched.watch(nothing)
+
+    watched.add(50)
+    assert [each["step"] for each in watched.watch(nothing)["steps"]] == [50, 100]
+    watched.add(150, max_steps=200)
+    result = watched.watch(nothing, nothing, lambda: watched.add(200, max_steps=200), nothing)
+
+    assert [each["step"] for each in result["steps"]] == [50, 100, 150, 200]
+    assert watched.scored == ["checkpoint-100", "checkpoint-50", "checkpoint-150", "checkpoint-200"]
+    watched.add(250, max_steps=300)
+    assert len(watched.watch(nothing, once=True)["steps"]) == 5
 
 
 def test_ctrl_c_ends_it_with_what_was_done(watched: Watched) -> None:
@@ -289,6 +327,22 @@ def test_the_data_are_looked_at_before_the_first_checkpoint(watched: Watched) ->
     assert not watched.output.exists()
 
 
+def test_data_that_change_in_between_are_no_point_of_the_same_curve(watched: Watched) -> None:
+    watched.add(1)
+    before = Path(watched.pairs).read_text()
+
+    def change() -> None:
+        watched.add(100)
+        write_rows(Path(watched.pairs), ROWS[:3])
+
+    with pytest.raises(UsageError, match="has changed since this watch began"):
+        watched.watch(nothing, change, nothing)
+    assert [each["step"] for each in watched.found()["steps"]] == [1]
+
+    Path(watched.pairs).write_text(before)
+    assert [each["counts"]["pairs"] for each in watched.watch(nothing)["steps"]] == [len(ROWS)] * 2
+
+
 def test_trackers_are_told_of_each_step_and_stop_nothing(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, set[str], list[str]]] = []
 
@@ -308,6 +362,29 @@ def test_trackers_are_told_of_each_step_and_stop_nothing(watched: Watched, monke
     assert watched.said == ["mlflow is away"] * 3
     with pytest.raises(UsageError, match="--report-to 'tensorbored' is not known"):
         watched.watch(report_to=("tensorbored",))
+
+
+def test_a_terminal_obeys_no_name(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the live table too, a tensor's name is text."""
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=200)
+    monkeypatch.setattr("dpo_fast.commands.watch.console", lambda: terminal)
+    refit = dpo_fast.training.watch.refit
+
+    def refuse(bundle: Path, policy: str, *arguments: Any) -> Any:
+        if policy.endswith("checkpoint-1"):
+            raise CheckpointError("tensor '\x1b]0;owned\x07' is missing")
+        return refit(bundle, policy, *arguments)
+
+    monkeypatch.setattr(dpo_fast.training.watch, "refit", refuse)
+    watched.add(1)
+    watched.add(100)
+    watched.moments = iter([nothing])
+    arguments = ["--checkpoints", str(watched.checkpoints), "--dataset", watched.pairs, "--output", str(watched.output)]
+    assert dpo_fast.cli.run(["watch", str(watched.bundle), *arguments, "--once"]) == 0
+
+    assert "tensor ' ]0;owned ' is missing; left out" in screen.getvalue()
+    assert "\x1b]0;" not in screen.getvalue()
 
 
 def test_the_command(watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
