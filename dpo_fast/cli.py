@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dpo_fast import __version__
-from dpo_fast.commands import compare, evaluate, export, generate, machine, publish, report, verify, watch
+from dpo_fast.commands import compare, evaluate, export, generate, machine, publish, report, rescore, verify, watch
 from dpo_fast.commands.output import say
 from dpo_fast.errors import DpoFastError
 
@@ -46,8 +46,8 @@ app.command("export")(export.export_command)
 app.command("build")(export.build_command)
 app.command("refit")(export.refit_command)
 app.command("evaluate")(evaluate.evaluate_command)
-app.command("merge")(evaluate.merge_command)
-app.command("rescore")(evaluate.rescore_command)
+app.command("merge")(rescore.merge_command)
+app.command("rescore")(rescore.rescore_command)
 app.command("report")(report.report_command)
 app.command("compare")(compare.compare_command)
 app.command("advise")(compare.advise_command)

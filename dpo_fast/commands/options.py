@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dpo_fast.types import Aggregate
+from dpo_fast.types import LOSS_TYPES, Aggregate, FDivergence
 
 LayoutChoice = Literal["auto", "shared", "plain"]
 
@@ -62,6 +62,23 @@ VersionCompatible = Annotated[
 HardwareCompatible = Annotated[
     bool, typer.Option("--hardware-compatible", help="TensorRT plans that other GPUs can run, from Ampere on.")
 ]
+
+# The loss, as TRL's DPOConfig names it.
+Beta = Annotated[float, typer.Option(help="Strength of the reference.")]
+LossType = Annotated[
+    list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
+]
+LossWeight = Annotated[list[float] | None, typer.Option(help="One for each --loss-type, in the same order.")]
+LabelSmoothing = Annotated[float, typer.Option(help="For robust, exo_pair, aot and aot_unpaired.")]
+LdAlpha = Annotated[
+    float | None, typer.Option(help="Weight of tokens beyond the shorter completion's length (LD-DPO).")
+]
+FDivergenceType = Annotated[FDivergence, typer.Option(help="Regulariser between policy and reference (f-DPO).")]
+FAlphaDivergenceCoef = Annotated[float, typer.Option(help="Alpha of alpha_divergence.")]
+UseWeighting = Annotated[
+    bool, typer.Option("--use-weighting", help="Weight pairs by the policy's probabilities (WPO).")
+]
+DiscopopTau = Annotated[float, typer.Option(help="Temperature of discopop.")]
 
 AggregateChoice = Annotated[
     Aggregate, typer.Option(help="exact: over all pairs. trl: the mean of batch means, as TRL logs it.")

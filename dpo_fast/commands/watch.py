@@ -9,19 +9,28 @@ from dpo_fast.commands.options import (
     AggregateChoice,
     AsJson,
     BatchSize,
+    Beta,
     BundleArgument,
     DatasetOption,
+    DiscopopTau,
+    FAlphaDivergenceCoef,
+    FDivergenceType,
+    LabelSmoothing,
+    LdAlpha,
     Limit,
+    LossType,
+    LossWeight,
     MaxLength,
     NoSelfCheck,
     Overwrite,
     ReportTo,
     Split,
     TrustRemoteCode,
+    UseWeighting,
 )
 from dpo_fast.commands.output import LONGEST_LINE, console, print_json, say
 from dpo_fast.text import one_line
-from dpo_fast.types import LOSS_TYPES, LossSettings, OnError
+from dpo_fast.types import LossSettings, OnError
 
 
 def watch_command(
@@ -50,10 +59,15 @@ def watch_command(
     report_to: ReportTo = None,
     split: Split = None,
     limit: Limit = None,
-    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
-    loss_type: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(LOSS_TYPES)}; repeat it for a sum.  [default: sigmoid]")
-    ] = None,
+    beta: Beta = 0.1,
+    loss_type: LossType = None,
+    loss_weight: LossWeight = None,
+    label_smoothing: LabelSmoothing = 0.0,
+    ld_alpha: LdAlpha = None,
+    f_divergence_type: FDivergenceType = "reverse_kl",
+    f_alpha_divergence_coef: FAlphaDivergenceCoef = 0.5,
+    use_weighting: UseWeighting = False,
+    discopop_tau: DiscopopTau = 0.05,
     aggregate: AggregateChoice = "exact",
     batch_size: BatchSize = 8,
     max_length: MaxLength = None,
@@ -88,7 +102,17 @@ def watch_command(
             limit=limit,
             on_error=on_error,
             max_length=max_length,
-            loss=LossSettings(beta=beta, loss_type=tuple(loss_type or ("sigmoid",))),
+            loss=LossSettings(
+                beta=beta,
+                loss_type=tuple(loss_type or ("sigmoid",)),
+                loss_weights=tuple(loss_weight) if loss_weight else None,
+                label_smoothing=label_smoothing,
+                ld_alpha=ld_alpha,
+                f_divergence_type=f_divergence_type,
+                f_alpha_divergence_coef=f_alpha_divergence_coef,
+                use_weighting=use_weighting,
+                discopop_tau=discopop_tau,
+            ),
             aggregate=aggregate,
             batch_size=batch_size,
             threads=threads,

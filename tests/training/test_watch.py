@@ -19,9 +19,11 @@ import dpo_fast.training.watch
 from dpo_fast.bundle import Bundle
 from dpo_fast.errors import CheckpointError, InterruptedRunError, OutputExistsError, TrackerError, UsageError
 from dpo_fast.export.checkpoint import open_checkpoint
+from dpo_fast.rescore import rescore
 from dpo_fast.run_folder import read_metrics
 from dpo_fast.training.checkpoints import list_files
-from dpo_fast.training.watch import WatchOptions, watch
+from dpo_fast.training.watch import RUNS, WatchOptions, watch
+from dpo_fast.types import LossSettings
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -413,6 +415,23 @@ def test_the_command(watched: Watched, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.splitlines() == [
         "dpo-fast: --poll-seconds 0.0 must be above 0", "dpo-fast: --stop-after 0 must be at least 1",
     ]  # fmt: skip
+
+
+def test_the_loss_is_the_trainings_own(watched: Watched) -> None:
+    """One that needs a parameter of its own, by the command's options: the same that the runs give when rescored."""
+    watched.add(50)
+    watched.moments = iter([nothing, nothing])
+    arguments = ["--checkpoints", str(watched.checkpoints), "--dataset", watched.pairs, "--output", str(watched.output)]
+    loss = ["--loss-type", "robust", "--loss-type", "sft", "--loss-weight", "1", "--loss-weight", "0.2"]
+
+    assert dpo_fast.cli.run(
+        ["watch", str(watched.bundle), *arguments, "--once", *loss, "--label-smoothing", "0.1", "--ld-alpha", "0.5"]
+    ) == 0  # fmt: skip
+
+    [step] = watched.found()["steps"]
+    settings = LossSettings(loss_type=("robust", "sft"), loss_weights=(1, 0.2), label_smoothing=0.1, ld_alpha=0.5)
+    [result] = rescore(watched.output / RUNS / "checkpoint-50", [settings])["results"]
+    assert step["metrics"]["eval_loss"] == result["eval_loss"]
 
 
 def test_the_page_obeys_no_data(watched: Watched) -> None:
