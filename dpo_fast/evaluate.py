@@ -5,22 +5,23 @@ rows -> tokens -> batches -> engine -> scores -> metrics, each in its own module
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dpo_fast.bundle import POLICY, Bundle
 from dpo_fast.engines.base import Engine
-from dpo_fast.errors import InputError
+from dpo_fast.errors import InputError, InterruptedRunError
 from dpo_fast.evaluation import EvaluateOptions, Evaluation, begin, settings_of
+from dpo_fast.interrupts import Stop
 from dpo_fast.local import score_locally
 from dpo_fast.metrics.sums import sum_tokens
 from dpo_fast.metrics.tally import metrics_of_parts
 from dpo_fast.provenance import hardware, versions
 from dpo_fast.publish.card import write_card
-from dpo_fast.run_folder import METRICS, SKIPPED, write_results
+from dpo_fast.run_folder import METRICS, SKIPPED, check_parts, write_results
 from dpo_fast.scoring import ScoredRun
-from dpo_fast.store import ScoreStore
+from dpo_fast.types import PairScores
 
 __all__ = ["METRICS", "SKIPPED", "EvaluateOptions", "evaluate"]
 
@@ -62,39 +63,62 @@ def evaluate(
             from dpo_fast.cluster.evaluate import score_with_workers
 
             scored = score_with_workers(evaluation, options.cluster, report)
+        # Another driver, or the workers of one that was killed, may have written to the same place.
+        parts, fingerprints = evaluation.parts(scored.rows), dict(scored.account.parts)
+        check_parts(evaluation.store, parts)
         evaluation.store.finish()
 
-    started = time.perf_counter()
-    metrics = metrics_of(evaluation.store, options)
-    metrics["counts"]["skipped"] = len(scored.account.skipped)
-    metrics["timing"] = {
-        "load_seconds": scored.load_seconds,
-        "tokenize_seconds": scored.tokenize_seconds,
-        "score_seconds": scored.score_seconds,
-        "metrics_seconds": time.perf_counter() - started,
-        "total_seconds": time.perf_counter() - began,
-    }
-    metrics["provenance"] = _provenance(evaluation, scored)
-    write_results(output, metrics, scored.account.skipped)
+        started = time.perf_counter()
+        scores = evaluation.store.read({part: fingerprints[part] for part in parts})
+        metrics = metrics_of(_until_stopped(scores, evaluation.stop), options)
+        metrics["counts"]["skipped"] = len(scored.account.skipped)
+        metrics["timing"] = {
+            "load_seconds": scored.load_seconds,
+            "tokenize_seconds": scored.tokenize_seconds,
+            "score_seconds": scored.score_seconds,
+            "metrics_seconds": time.perf_counter() - started,
+            "total_seconds": time.perf_counter() - began,
+        }
+        metrics["provenance"] = _provenance(evaluation, scored)
+        write_results(output, metrics, scored.account.skipped)
     if options.shard is None:  # a share of a set is not what a card is asked for
         _update_card(evaluation.bundle, metrics, report)
     return metrics
 
 
-def metrics_of(store: ScoreStore, options: EvaluateOptions) -> dict[str, Any]:
+def metrics_of(scores: Iterable[PairScores], options: EvaluateOptions) -> dict[str, Any]:
     """The metrics of all of a run's parts.
 
+    Args:
+        scores: of each part, in order.
+        options: see `EvaluateOptions`.
+
     Raises:
-        StorageError: a part is missing or damaged.
         UsageError: the settings are so extreme that a metric overflows.
     """
     return metrics_of_parts(
-        map(sum_tokens, store.read()),
+        map(sum_tokens, scores),
         options.loss,
         aggregate=options.aggregate,
         batch_size=options.batch_size,
         seed=options.seed,
     )
+
+
+def _until_stopped(scores: Iterable[PairScores], stop: Stop) -> Iterator[PairScores]:
+    """The same, as long as nobody wants it to end.
+
+    Raises:
+        InterruptedRunError: `stop` said so.
+    """
+    for part in scores:
+        if stop.signal is not None:
+            raise InterruptedRunError(
+                stop.signal,
+                f"{stop.signal.name}: stopped with all parts scored: run the same command again, without --overwrite, "
+                "for the metrics",
+            )
+        yield part
 
 
 def _provenance(evaluation: Evaluation, scored: ScoredRun) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from dpo_fast.bundle import POLICY, REFERENCE, Bundle, open_bundle
 from dpo_fast.cluster.options import ClusterOptions, check_cluster_options
 from dpo_fast.engines.base import Engine
 from dpo_fast.errors import UsageError
-from dpo_fast.files import make_folder
+from dpo_fast.files import make_folder, storage_errors
 from dpo_fast.interrupts import Stop, stop_on_signals
 from dpo_fast.run_folder import (
+    FAILED,
     check_output,
     check_parts,
+    folders_to_make,
     locked,
     make_scores,
     remove_remains,
@@ -149,6 +151,8 @@ class Evaluation:
             StorageError: the disk refused.
         """
         remove_remains(self.output, self.store)
+        with storage_errors(self.output):
+            (self.output / FAILED).unlink(missing_ok=True)  # these parts are tried again now
         if self.options.overwrite:
             remove_run(self.output, self.store)
         check_parts(self.store, parts)
@@ -182,10 +186,11 @@ def begin(
     roles = roles_of(opened, options)
     max_length = max_length_of(opened, options.max_length)
     check_output(output, settings_of(options), overwrite=options.overwrite)
+    made = folders_to_make(output, options.scores)
     with ExitStack() as stack:
         make_folder(output)
         stack.enter_context(locked(output))
-        stack.enter_context(removed_if_empty(output, is_plan=is_plan))
+        stack.enter_context(removed_if_empty(output, made, is_plan=is_plan))
         store = make_scores(output, options.scores)  # what refuses is better found now than after the first part
         stop = stack.enter_context(stop_on_signals())
         yield Evaluation(opened, dataset, output, store, options, roles, max_length, stop, engine)

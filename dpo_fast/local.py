@@ -17,8 +17,9 @@ from dpo_fast.reference_scores import KnownScores, ReferenceCache, ScoresOfRun
 from dpo_fast.scoring import Account, ScoredRun, Turn, Work, score_parts
 from dpo_fast.store import ScoreStore
 from dpo_fast.token_budget import tune_token_budget
-from dpo_fast.token_cache import TokenCache
+from dpo_fast.token_cache import DataSet, TokenCache
 from dpo_fast.token_table import TokenTable
+from dpo_fast.types import SkippedRow
 
 
 def score_locally(evaluation: Evaluation) -> ScoredRun:
@@ -122,14 +123,19 @@ def first_pairs(tokens: TokenCache, parts: Mapping[int, tuple[int, int]]) -> tup
     Raises:
         DatasetError: none has.
     """
-    first_reason = ""
+    first: SkippedRow | None = None
     for start, stop in parts.values():
         table, skipped = tokens.read(start, stop)
         if len(table):
             return table, stop - start
-        first_reason = first_reason or f"row {skipped[0].row}: {skipped[0].reason}"
-    start, stop = min(parts.values())[0], max(parts.values())[1]
-    raise DatasetError(f"{tokens.data.name}: none of {stop - start} rows can be used; {first_reason}")
+        first = first or skipped[0]
+    raise no_usable_row(tokens.data, sum(stop - start for start, stop in parts.values()), first)
+
+
+def no_usable_row(data: DataSet, rows: int, first: SkippedRow | None) -> DatasetError:
+    """What there is to say of a set without pairs; the first of its rows stands for all."""
+    why = "" if first is None else f"; row {first.row}: {first.reason}"
+    return DatasetError(f"{data.name}: none of {rows} rows can be used{why}")
 
 
 def known_token_budget(options: EvaluateOptions, bundle: Bundle, store: ScoreStore, parts: Iterable[int]) -> int | None:
@@ -138,5 +144,6 @@ def known_token_budget(options: EvaluateOptions, bundle: Bundle, store: ScoreSto
         return int(bundle.manifest.recipe["token_budget"])
     if isinstance(options.token_budget, int):
         return options.token_budget
-    records = (store.record(part) for part in parts)
+    there = sorted(set(parts).intersection(store.parts()))  # or each part would be asked for
+    records = (store.record(part) for part in there)
     return next((record.token_budget for record in records if record is not None), None)

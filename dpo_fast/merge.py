@@ -13,7 +13,9 @@ from dpo_fast.store import PAIRS, ScoreStore
 from dpo_fast.types import SkippedRow
 
 # Of a shard's provenance, what says how it was computed and not what.
-OF_THE_PROCESS = ("shard", "hardware", "computed_tokens", "padding_tokens", "this_process", "engines", "token_budget")
+OF_THE_PROCESS = (
+    "shard", "hardware", "computed_tokens", "padding_tokens", "this_process", "engines", "token_budget", "cluster",
+)  # fmt: skip
 
 
 def merge(runs: Sequence[Path], output: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def merge(runs: Sequence[Path], output: Path, *, overwrite: bool = False) -> dic
             batch_size=provenance["batch_size"] or EvaluateOptions().batch_size,
             seed=provenance["bootstrap_seed"],
         )
-        metrics = metrics_of(store, options)
+        metrics = metrics_of(store.read(), options)
         skipped = [row for run in by_number for row in _skipped(run)]
         metrics["counts"]["skipped"] = len(skipped)
         metrics["timing"] = {name: sum(each["timing"][name] for each in merged) for name in merged[0]["timing"]}
@@ -73,7 +75,8 @@ def merge(runs: Sequence[Path], output: Path, *, overwrite: bool = False) -> dic
             "padding_tokens": sum(each["provenance"]["padding_tokens"] for each in merged),
             "hardware": provenance["hardware"],
             "shards": [
-                {name: each["provenance"][name] for name in OF_THE_PROCESS} | {"timing": each["timing"]}
+                {name: each["provenance"][name] for name in OF_THE_PROCESS if name in each["provenance"]}
+                | {"timing": each["timing"]}
                 for each in merged
             ],
         }

@@ -100,7 +100,8 @@ def at_url(url: str) -> ParquetFiles:
         FileNotFoundError: no Parquet file is there.
     """
     address = url.partition("://")[2]
-    if "?" in address or "@" in address.partition("/")[0]:
+    # A secret key may hold slashes, so a password is looked for in all of the URL.
+    if "?" in address or "@" in address.partition("/")[0] or re.match("[^@]*:[^@]*@", address):
         raise UsageError(
             "--dataset: a URL with a user, a password or a `?` would be written into the results; give credentials as "
             "the file system wants them (for s3:// in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"

@@ -4,6 +4,7 @@
 
     RUN/metrics.json       the numbers; there only when the run is finished
         skipped.jsonl      rows that could not be used
+        failed.jsonl       in their place, parts that a cluster's workers failed at
         scores/            the parts (see `dpo_fast.store`)
         scores.url         in its place, where the parts lie elsewhere (`--scores URL`): one line, without secrets
 """
@@ -23,6 +24,7 @@ from dpo_fast.types import LossSettings, SkippedRow
 
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
+FAILED = "failed.jsonl"
 SCORES = "scores"
 SCORES_URL = "scores.url"
 
@@ -191,8 +193,8 @@ def locked(folder: Path) -> Iterator[None]:
 def remove_run(output: Path, store: ScoreStore) -> None:
     """Remove the files of a run; the metrics first, so that what is left of a run never looks finished."""
     with storage_errors(output):
-        (output / METRICS).unlink(missing_ok=True)
-        (output / SKIPPED).unlink(missing_ok=True)
+        for name in (METRICS, SKIPPED, FAILED):
+            (output / name).unlink(missing_ok=True)
         store.clear()
 
 
@@ -209,33 +211,54 @@ def remove_remains(output: Path, store: ScoreStore) -> None:
     store.remove_remains()
 
 
+def folders_to_make(output: Path, scores: str | None) -> list[Path]:
+    """The folder of a run, and those that are not there yet of the others that it needs; the innermost first.
+
+    Args:
+        output: the run's folder.
+        scores: where its parts shall lie: a URL or a folder; None: in the run's folder.
+
+    Raises:
+        UsageError: the URL cannot be used.
+        MissingDependencyError: an extra is not installed.
+    """
+    elsewhere = None if scores is None else open_storage(scores)
+    places = [output, elsewhere.folder] if isinstance(elsewhere, LocalFolder) else [output]
+    missing = {folder for place in places for folder in (place, *place.parents) if not folder.exists()}
+    return sorted(missing | {output}, key=lambda folder: len(folder.absolute().parts), reverse=True)
+
+
 @contextmanager
-def removed_if_empty(output: Path, *, is_plan: bool = False) -> Iterator[None]:
+def removed_if_empty(output: Path, made: Iterable[Path], *, is_plan: bool = False) -> Iterator[None]:
     """Leave nothing behind of a run that fails before its first part; a part that was written stays for later.
 
     Args:
         output: the run's folder.
+        made: folders that go if they are empty, in this order: see `folders_to_make`.
         is_plan: whether nothing is meant to be written, so that all is well without a part.
     """
     try:
         yield
     except BaseException:
-        _remove_if_empty(output)
+        _remove_if_empty(output, made)
         raise
     if is_plan:
-        _remove_if_empty(output)
+        _remove_if_empty(output, made)
 
 
-def _remove_if_empty(output: Path) -> None:
-    """Remove a run's folder that holds neither a part nor metrics."""
+def _remove_if_empty(output: Path, made: Iterable[Path]) -> None:
+    """Remove what there is of a run that has neither parts nor metrics, nor a list of those that failed."""
     with suppress(OSError, StorageError, MissingDependencyError):  # what failed first is what is told
         store = open_scores(output)
-        if not store.parts() and not (output / METRICS).exists():
-            store.clear()
-            (output / SCORES_URL).unlink(missing_ok=True)
-            if (output / SCORES).is_dir():
-                (output / SCORES).rmdir()
-            output.rmdir()
+        if store.parts() or (output / METRICS).exists() or (output / FAILED).exists():
+            return
+        store.clear()
+        (output / SCORES_URL).unlink(missing_ok=True)
+        if (output / SCORES).is_dir():
+            (output / SCORES).rmdir()
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def check_parts(store: ScoreStore, wanted: Iterable[int]) -> None:

@@ -22,7 +22,7 @@ from dpo_fast.errors import InterruptedRunError
 from dpo_fast.interrupts import Stop
 from dpo_fast.reference_scores import KeptScores, KnownScores
 from dpo_fast.scores import ScoredPairs, ScoreSheet
-from dpo_fast.store import PAIRS, Fingerprint, PartRecord, ScoreStore, row_hash, token_hash
+from dpo_fast.store import PAIRS, Fingerprint, PartRecord, ScoreStore, fingerprint_hash, row_hash, token_hash
 from dpo_fast.token_cache import DataSet, TokenCache
 from dpo_fast.token_table import TokenTable
 from dpo_fast.types import SkippedRow
@@ -36,6 +36,7 @@ class Account:
         waited_for_tokens: until a part's tokens were there and laid into batches.
         engines: running batches.
         waited_for_disk: until a part was safe on the disk.
+        parts: that are there, and the hash of what each depends on (`dpo_fast.store.fingerprint_hash`).
         skipped: rows that are no usable pairs.
         tokens: that engines computed for the run's parts, padding included, in this process or an earlier one.
         padding: of these, how many were padding.
@@ -47,6 +48,7 @@ class Account:
     waited_for_tokens: float = 0.0
     engines: float = 0.0
     waited_for_disk: float = 0.0
+    parts: list[tuple[int, str]] = field(default_factory=list)
     skipped: list[SkippedRow] = field(default_factory=list)
     tokens: int = 0
     padding: int = 0
@@ -239,6 +241,7 @@ def score_part(work: Work, turn: Turn, ready: ReadyPart) -> None:
     else:
         turn.progress.skip(turn.share * (ready.rows[1] - ready.rows[0]))
     if whole and record is not None:
+        account.parts.append((ready.part, fingerprint_hash(ready.fingerprints)))
         account.skipped += ready.skipped
         account.tokens += record.tokens
         account.padding += record.padding

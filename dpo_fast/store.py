@@ -94,6 +94,11 @@ def row_hash(table: TokenTable, rows: tuple[int, int]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_hash(fingerprints: Mapping[str, Fingerprint]) -> str:
+    """SHA-256 over all that a part depends on."""
+    return hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()
+
+
 def part_name(part: int) -> str:
     """A part's file, in whatever storage."""
     return f"part-{part:05}.parquet"
@@ -309,11 +314,15 @@ class ScoreStore:
         self._list = checksums
         self.storage.remove(notes)
 
-    def read_part(self, part: int) -> PairScores:
+    def read_part(self, part: int, fingerprint: str | None = None) -> PairScores:
         """A part's scores.
 
+        Args:
+            part: its number.
+            fingerprint: from `fingerprint_hash`, if it is known.
+
         Raises:
-            StorageError: it is missing or damaged.
+            StorageError: it is missing or damaged, or has another fingerprint.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -321,6 +330,13 @@ class ScoreStore:
         content = self._read_sound(part)
         try:
             file = pq.ParquetFile(pa.BufferReader(content))
+            if fingerprint is not None:
+                record = json.loads(file.schema_arrow.metadata[METADATA_KEY])
+                if fingerprint_hash(record["fingerprints"]) != fingerprint:
+                    raise StorageError(
+                        f"{self.place(part)}: another run has written it since; let one at a time write there, and "
+                        "evaluate again with --overwrite"
+                    )
             names = [name for name in file.schema_arrow.names if not name.endswith("_ids")]
             table = file.read(columns=names)
             roles = [role for role in ROLES if f"{role}_chosen_log_probs" in names]
@@ -360,14 +376,19 @@ class ScoreStore:
         except (pa.ArrowException, KeyError) as error:
             raise StorageError(f"{self.place(part)}: was written by another version of dpo-fast; {WAY_OUT}") from error
 
-    def read(self) -> Iterator[PairScores]:
+    def read(self, parts: Mapping[int, str] | None = None) -> Iterator[PairScores]:
         """The scores of all parts, one after another; the next is read while one is being used.
 
+        Args:
+            parts: whose scores they have to be: fingerprints by number; None takes what is there.
+
         Raises:
-            StorageError: a part is missing or damaged.
+            StorageError: a part is missing or damaged, or has another fingerprint.
         """
         count = 1 if isinstance(self.storage, LocalFolder) else READ_AHEAD
-        return several_ahead(self.read_part, self.parts(), count)
+        if parts is None:
+            return several_ahead(self.read_part, self.parts(), count)
+        return several_ahead(lambda part: self.read_part(part, parts[part]), sorted(parts), count)
 
     def _read_sound(self, part: int) -> bytes:
         """A part's file.

@@ -10,6 +10,7 @@ again. Several threads, processes and machines may make and read the chunks of o
 
 import hashlib
 import json
+import platform
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,8 +70,9 @@ class DataSet:
 class TokenSource:
     """All that says what a set's tokens are: a worker makes a `TokenCache` of it. It can be pickled.
 
-    Nothing is resolved or hashed again on another machine. There the data set must be found under the same name (what
-    is on the Hub or at a URL is; a file's folder has to be shared), and the tokenizer's folder under the same path.
+    On another machine the data set must be found under the same name (what is on the Hub or at a URL is; a file's
+    folder has to be shared, or copied), and the tokenizer's folder under the same path. Of Parquet files nothing is
+    resolved or hashed again there: their sizes and row groups have to be the same. All else is hashed once more.
 
     Attributes:
         data: what the set is.
@@ -137,10 +139,12 @@ class TokenSource:
             return self.opened
         if self.index is not None:
             return of_row_groups(data.name, data.split, self.index, data.fingerprint, limit=limit, group_by=group_by)
-        known = data.fingerprint if Path(data.name).exists() else None
-        rows = load_preferences(data.name, split=data.split, limit=limit, group_by=group_by, fingerprint=known)
+        rows = load_preferences(data.name, split=data.split, limit=limit, group_by=group_by)
         if rows.fingerprint != data.fingerprint or len(rows) != self.rows:
-            raise DatasetError(f"{data.name!r} has changed since this run began: start again")
+            raise DatasetError(
+                f"{data.name!r} has changed since this run began: start again; if {platform.node()} is one machine of "
+                "several, it may have another file there than the others: give it the same"
+            )
         return rows
 
     def open_tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from dpo_fast.errors import (
 )
 from dpo_fast.evaluate import METRICS, SKIPPED, EvaluateOptions, evaluate
 from dpo_fast.merge import merge
-from dpo_fast.run_folder import locked
+from dpo_fast.run_folder import FAILED, locked
 from dpo_fast.store import ScoreStore
 from dpo_fast.tokens import load_tokenizer, tokenize_pair
 from dpo_fast.types import LossSettings, PreferenceRow, TokenScores
@@ -606,6 +607,24 @@ def test_merged_shards_are_one_run(bundle: Path, dataset: str, run: Path, tmp_pa
     assert json.loads((run / METRICS).read_text())["eval_loss"] == whole["eval_loss"]
 
 
+def test_shards_of_clusters_are_merged(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
+    """What provenance says of the workers is another thing in each shard."""
+    whole = evaluate(bundle, dataset, tmp_path / "whole", SMALL, engine=FakeEngines())
+    folders = [tmp_path / "shard1", tmp_path / "shard2"]
+    for number, folder in enumerate(folders, start=1):
+        metrics = evaluate(bundle, dataset, folder, replace(SMALL, shard=(number, 2)), engine=FakeEngines())
+        if number == 2:  # the other one was scored by one process
+            metrics["provenance"]["cluster"] = {"workers": [{"host": "far", "parts": 1}]}
+            (folder / METRICS).write_text(json.dumps(metrics))
+
+    merged = merge(folders, run)
+
+    assert merged["eval_loss"] == whole["eval_loss"]
+    assert "cluster" not in merged["provenance"]
+    of_shards = [shard.get("cluster") for shard in merged["provenance"]["shards"]]
+    assert of_shards == [None, {"workers": [{"host": "far", "parts": 1}]}]
+
+
 def test_shards_that_do_not_fit_are_refused(bundle: Path, dataset: str, run: Path, tmp_path: Path) -> None:
     folders = [tmp_path / f"shard{number}" for number in (1, 2, 3)]
     for number, folder in enumerate(folders, start=1):
@@ -637,6 +656,87 @@ def test_shards_that_do_not_fit_are_refused(bundle: Path, dataset: str, run: Pat
         merge(folders, run)
     assert not run.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "says"),
+    [
+        (0, StorageError, r"part-00000\.parquet: another run has written it since; .* with --overwrite"),
+        (7, OutputExistsError, r"part-00007\.parquet is none of this run's parts"),
+        (None, StorageError, r"part-00000\.parquet: is missing; evaluate again"),
+    ],
+    ids=["in the place of a part", "beside the parts", "a part is removed"],
+)
+def test_what_others_write_meanwhile_is_never_counted(
+    bundle: Path, dataset: str, run: Path, tmp_path: Path, part: int | None, error: type[Exception], says: str
+) -> None:
+    """The worker of a driver that was killed, say, after the run has been begun again with --overwrite."""
+    others = write_rows(tmp_path / "others.jsonl", [{**row, "chosen": f"{row['chosen']} And more."} for row in ROWS])
+    evaluate(bundle, others, tmp_path / "others", SMALL, engine=FakeEngines())
+    content = (tmp_path / "others" / "scores" / "part-00000.parquet").read_bytes()
+    store = ScoreStore(run / "scores")
+
+    class Disturbed(FakeEngine):
+        def score(self, batch: Batch) -> TokenScores:
+            if 1 in store.parts() and part is None:
+                store.storage.remove(["part-00000.parquet"])
+            elif 1 in store.parts():
+                store._note(part, hashlib.sha256(content).hexdigest())
+                store.storage.write(f"part-{part:05}.parquet", content)
+            return super().score(batch)
+
+    with pytest.raises(error, match=says):
+        evaluate(bundle, dataset, run, SMALL, engine=lambda bundle, role: Disturbed(role))
+    assert not (run / METRICS).exists()
+
+
+def test_nobody_else_writes_a_run_before_its_metrics_are_there(
+    bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = dpo_fast.evaluate.write_results
+
+    def write_results(*arguments: Any) -> None:
+        with pytest.raises(OutputExistsError, match="another process is writing this run"):
+            evaluate(bundle, dataset, run, replace(SMALL, overwrite=True), engine=FakeEngines())
+        write(*arguments)
+
+    monkeypatch.setattr(dpo_fast.evaluate, "write_results", write_results)
+    evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+    assert (run / METRICS).exists()
+
+
+def test_a_signal_as_the_metrics_are_computed(
+    bundle: Path, dataset: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sum_tokens = dpo_fast.evaluate.sum_tokens
+    monkeypatch.setattr(dpo_fast.evaluate, "sum_tokens", lambda part: (send(signal.SIGINT), sum_tokens(part))[1])
+    with pytest.raises(InterruptedRunError, match="stopped with all parts scored: run the same command again"):
+        evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+    assert not (run / METRICS).exists()
+    monkeypatch.undo()
+    assert evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())["counts"]["pairs"] == 5
+
+
+def test_a_list_of_failed_parts_is_of_the_last_start(bundle: Path, dataset: str, run: Path) -> None:
+    """A cluster's workers failed at all of them; one process is asked to go on."""
+    (run / "scores").mkdir(parents=True)
+    (run / FAILED).write_text('{"part": 0}\n')
+    with pytest.raises(EngineOutputError):
+        evaluate(bundle, dataset, run, SMALL, engine=Failing(0))
+    assert not run.exists()
+    (run / "scores").mkdir(parents=True)
+    (run / FAILED).write_text('{"part": 0}\n')
+
+    evaluate(bundle, dataset, run, SMALL, engine=FakeEngines())
+
+    assert sorted(path.name for path in run.iterdir()) == [METRICS, "scores", SKIPPED]
+
+
+def test_a_tuned_budget_asks_for_no_part_that_is_not_there(bundle: Path, tmp_path: Path) -> None:
+    """Each would be a request to an object store, one after another."""
+    store, options = ScoreStore(tmp_path / "scores"), EvaluateOptions(token_budget="auto")
+    store.record = pytest.fail  # type: ignore[method-assign]
+    assert dpo_fast.local.known_token_budget(options, open_bundle(bundle), store, range(1000)) is None
 
 
 def test_two_processes_on_one_run(bundle: Path, dataset: str, run: Path) -> None:

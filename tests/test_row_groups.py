@@ -532,7 +532,8 @@ def test_urls_at_fault(memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(DatasetError, match=r"cannot be read: there are no Parquet files|is not there") as error:
             load_preferences(url)
         assert url in one_line(error)
-    for url in ("s3://me:Secret1@host/prefs", "https://host/a.parquet?signature=Secret1"):
+    for url in ("s3://me:Secret1@host/prefs", "s3://me:Sec/ret/Secret1@host/prefs", "https://Secret1@host/a.parquet",
+                "https://host/a.parquet?signature=Secret1"):  # fmt: skip
         with pytest.raises(UsageError, match="--dataset: a URL with a user") as usage:
             load_preferences(url)
         assert "Secret1" not in one_line(usage)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,13 +12,14 @@ from fake_engines import ROWS, FakeEngines, make_fake_bundle, write_rows
 from s3_server import S3Server, s3
 
 from dpo_fast.compare.compare import compare
-from dpo_fast.errors import EngineOutputError, OutputExistsError, StorageError, UsageError
+from dpo_fast.errors import EngineOutputError, OutputExistsError, PartsFailedError, StorageError, UsageError
 from dpo_fast.evaluate import METRICS, EvaluateOptions, evaluate
 from dpo_fast.merge import merge
+from dpo_fast.plan import plan
 from dpo_fast.reference_scores import ScoresOfRun
 from dpo_fast.report.pairs import read_pairs
 from dpo_fast.rescore import rescore
-from dpo_fast.run_folder import SCORES, SCORES_URL, check_output, make_scores, open_scores, removed_if_empty
+from dpo_fast.run_folder import FAILED, SCORES, SCORES_URL, check_output, make_scores, open_scores, removed_if_empty
 from dpo_fast.store import ScoreStore, part_name
 from dpo_fast.types import LossSettings
 
@@ -205,12 +207,44 @@ def test_a_run_that_fails_at_once_leaves_nothing(bundle: Path, dataset: str, tmp
     assert store.storage.names() == []
 
 
+@pytest.mark.parametrize("fails", [True, False], ids=["a run that fails", "a plan"])
+def test_folders_that_were_made_are_gone_and_those_that_were_there_stay(
+    bundle: Path, dataset: str, tmp_path: Path, fails: bool
+) -> None:
+    (tmp_path / "there").mkdir()
+    run, options = tmp_path / "there" / "a" / "b" / "run", replace(SMALL, scores=str(tmp_path / "shared" / "parts"))
+
+    def broken(*arguments: Any) -> Any:
+        raise EngineOutputError("NaN")
+
+    if fails:
+        with pytest.raises(EngineOutputError):
+            evaluate(bundle, dataset, run, options, engine=broken)
+    else:
+        plan(bundle, dataset, run, options, engine=FakeEngines())
+
+    assert list((tmp_path / "there").iterdir()) == []
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_run_whose_parts_all_failed_goes_on(tmp_path: Path, url: str) -> None:
+    run = tmp_path / "run"
+    make_scores(run, url)
+
+    (run / FAILED).write_text('{"part": 0}\n')
+    with pytest.raises(PartsFailedError), removed_if_empty(run, [run]):
+        raise PartsFailedError("mend the cause, and run the same command again")
+
+    check_output(run, {}, overwrite=False)
+    assert open_scores(run).name == url
+
+
 def test_what_is_written_already_stays(tmp_path: Path, url: str) -> None:
     run = tmp_path / "run"
     store = make_scores(run, url)
     store.storage.write(part_name(0), b"a part")
 
-    with pytest.raises(KeyboardInterrupt), removed_if_empty(run):
+    with pytest.raises(KeyboardInterrupt), removed_if_empty(run, [run]):
         raise KeyboardInterrupt
 
     assert open_scores(run).parts() == [0]

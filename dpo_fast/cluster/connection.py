@@ -4,17 +4,19 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_fast.cluster.options import ANY, AUTO, LOCAL
-from dpo_fast.errors import MissingDependencyError, UsageError
-from dpo_fast.text import said_by
+from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError
+from dpo_fast.text import named_line, said_by
 
 CLIENT = "ray://"
 ANSWER_SECONDS = 10.0
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+COLLECT = "collect"  # the name of threads that wait for Ray Data
 HEAD = "node:__internal_head__"  # a resource that the head node alone has
 
 
@@ -46,6 +48,7 @@ def connected(address: str) -> Iterator[str | None]:
     Raises:
         MissingDependencyError: Ray is not installed.
         UsageError: no cluster answers.
+        CheckFailedError: of the cluster, something was lost that the block cannot do without.
     """
     try:
         import ray
@@ -53,11 +56,10 @@ def connected(address: str) -> Iterator[str | None]:
     except ImportError as error:
         raise MissingDependencyError("ray", "ray", "--cluster") from error
 
-    if ray.is_initialized():
-        yield _dashboard()
-        return
+    was_connected = ray.is_initialized()
     try:
-        _connect(address)
+        if not was_connected:
+            _connect(address)
     except Exception as error:
         raise UsageError(
             f"--cluster {address}: no Ray cluster answers ({said_by(error)}); start one with `ray start --head`, or "
@@ -65,8 +67,16 @@ def connected(address: str) -> Iterator[str | None]:
         ) from error
     try:
         yield _dashboard()
+    except ray.exceptions.RayTaskError:  # a fault of the program, whose traceback it is
+        raise
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise CheckFailedError(
+            f"--cluster {address}: a process that the run cannot do without was lost ({named_line(error)}); is there "
+            "memory for it? What is finished is kept: run the same command again, without --overwrite, to go on"
+        ) from error
     finally:
-        ray.shutdown()
+        if not was_connected:
+            _disconnect()
 
 
 def _connect(address: str) -> None:
@@ -111,6 +121,24 @@ def _init(address: str) -> None:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(silence)
+
+
+def _disconnect() -> None:
+    """End the connection, and what still waits for parts that nobody wants any more.
+
+    Ray's functions connect by themselves where there is no connection, to whatever cluster there is; not these.
+    """
+    import ray
+    from ray._private import auto_init_hook
+
+    before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
+    try:
+        ray.shutdown()
+        for thread in threading.enumerate():
+            if thread.name == COLLECT:
+                thread.join(ANSWER_SECONDS)
+    finally:
+        auto_init_hook.enable_auto_connect = before
 
 
 def nodes() -> list[Node]:

@@ -5,13 +5,14 @@ is handed out again in the next pass, to new workers, within `attempts`.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from dpo_fast.cluster.connection import nodes
+from dpo_fast.cluster.connection import COLLECT, nodes
 from dpo_fast.cluster.job import Job
 from dpo_fast.cluster.ledger import SilentWorker, Snapshot
 from dpo_fast.cluster.outcome import Outcome
@@ -56,14 +57,18 @@ class _Watch:
         crew: see there.
         say: told of what was done.
         killed: when, by worker.
+        refused: workers whose engine cannot be loaded, as was said.
         lost: since when a worker's node is missed.
+        given_up: by stage, how many workers were given up in this pass.
     """
 
     ledger: Any
     crew: Crew
     say: Callable[[str], None]
     killed: dict[str, float] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
     lost: dict[str, float] = field(default_factory=dict)
+    given_up: Counter[int] = field(default_factory=Counter)
 
     def look(self) -> None:
         """Kill the silent, give up those that cannot come back.
@@ -77,8 +82,12 @@ class _Watch:
         if snapshot.failing_starts > self.crew.attempts:
             raise CheckFailedError(
                 f"a worker died {self.crew.attempts} times as it loaded its engine; is there memory for it? Lower "
-                "--workers, or give each more with --resources-per-worker; Ray's logs are in /tmp/ray"
+                "--workers, or give each more with --resources-per-worker; Ray's logs are in /tmp/ray. Does it take "
+                f"more than {self.crew.patience:g} seconds to load, for which it is killed? Raise --worker-timeout"
             )
+        for name in snapshot.refusals.keys() - self.refused:
+            self.say(f"a worker cannot load its engine on {snapshot.refusals[name]}")
+            self.refused.add(name)
         now = time.monotonic()
         there = {node.id for node in nodes()} if snapshot.silent else set()
         for worker in snapshot.silent:
@@ -112,6 +121,7 @@ class _Watch:
 
         ray.get(self.ledger.give_up.remote(worker.worker))
         ray.kill(worker.handle, no_restart=True)
+        self.given_up[worker.stage] += 1
 
 
 def drive(
@@ -169,8 +179,10 @@ def _hand_out(
     job: Job, crew: Crew, ledger: Any, parts: Sequence[int], watch: _Watch, is_cancelled: Callable[[], bool]
 ) -> Iterator[Outcome]:
     """Hand out parts once; those that are lost have no outcome."""
+    sizes = [min(size, len(parts)) for size in crew.sizes]
+    watch.given_up.clear()
     found: Queue[Outcome | BaseException | None] = Queue()
-    rows = _pipeline(job, crew, ledger, parts)
+    rows = _pipeline(job, sizes, crew.resources, ledger, parts)
 
     def collect() -> None:
         """Ray Data waits without an end for what does not come, so it does that in a thread."""
@@ -182,12 +194,14 @@ def _hand_out(
         else:
             found.put(None)
 
-    Thread(target=collect, name="collect", daemon=True).start()
+    Thread(target=collect, name=COLLECT, daemon=True).start()
     looked = time.monotonic()
     while not is_cancelled():
         if time.monotonic() - looked >= LOOK_SECONDS:
             watch.look()
             looked = time.monotonic()
+            if any(watch.given_up[stage] >= size for stage, size in enumerate(sizes)):
+                return  # Ray Data starts no others in their place
         try:
             item = found.get(timeout=LOOK_SECONDS)
         except Empty:
@@ -199,7 +213,9 @@ def _hand_out(
         yield item
 
 
-def _pipeline(job: Job, crew: Crew, ledger: Any, parts: Iterable[int]) -> "ray.data.Dataset":
+def _pipeline(
+    job: Job, sizes: Sequence[int], resources: Mapping[str, float], ledger: Any, parts: Iterable[int]
+) -> "ray.data.Dataset":
     """Parts as a data set, mapped by each stage's workers."""
     import ray.data
 
@@ -208,18 +224,18 @@ def _pipeline(job: Job, crew: Crew, ledger: Any, parts: Iterable[int]) -> "ray.d
     context.max_errored_blocks = -1  # of a worker that was given up; they come in the next pass
     rows = [{"part": part} for part in parts]
     data = ray.data.from_items(rows, override_num_blocks=min(len(rows), LARGEST_HAND_OUT))
-    for stage, size in zip(job.stages(apart=len(crew.sizes) > 1), crew.sizes, strict=True):
+    for stage, size in zip(job.stages(apart=len(sizes) > 1), sizes, strict=True):
         data = data.map_batches(
             PartWorker,
             fn_constructor_args=(job, stage, ledger),
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                size=min(size, len(rows)),
+                size=size,
                 max_tasks_in_flight_per_actor=IN_FLIGHT,
                 max_concurrent_calls_per_actor=IN_FLIGHT,
                 enable_true_multi_threading=True,
             ),
-            **ray_options(crew.resources),
+            **ray_options(resources),
         )
     return data

@@ -15,14 +15,14 @@ from dpo_fast.cluster.run import FailedPart, Gathered, gathered, score_on_cluste
 from dpo_fast.errors import PartsFailedError
 from dpo_fast.evaluation import Evaluation
 from dpo_fast.files import sha256, write_text
-from dpo_fast.local import known_token_budget
+from dpo_fast.local import known_token_budget, no_usable_row
 from dpo_fast.progress import Progress
+from dpo_fast.run_folder import FAILED, remove_run
 from dpo_fast.scoring import ScoredRun
 from dpo_fast.storage import LocalFolder
 from dpo_fast.store import ScoreStore
 
 PASSED_ON = ("DPO_FAST_CACHE",)
-FAILED = "failed.jsonl"
 NAMED = 5  # failed parts in a message
 
 
@@ -41,11 +41,9 @@ def score_with_workers(evaluation: Evaluation, options: ClusterOptions, report: 
         InterruptedRunError: Ctrl-C or SIGTERM; the parts that were finished are kept.
     """
     began = time.perf_counter()
-    failures = evaluation.output / FAILED
     job = job_of(evaluation)
-    evaluation.prepare_store(job.parts)
-    failures.unlink(missing_ok=True)
     with gathered(job, options, evaluation.options.engines) as cluster:
+        evaluation.prepare_store(job.parts)  # not before there is somebody who can do the work
         budget = known_token_budget(evaluation.options, evaluation.bundle, job.store, job.parts)
         budget = budget or measure_token_budget(cluster)
         cluster = replace(cluster, job=replace(cluster.job, token_budget=budget))
@@ -56,7 +54,10 @@ def score_with_workers(evaluation: Evaluation, options: ClusterOptions, report: 
             scores = score_on_cluster(cluster, evaluation.stop, progress, report)
         score_seconds = time.perf_counter() - started
     if scores.failed:
-        _say_failed(failures, scores.failed, len(job.parts))
+        _say_failed(evaluation.output / FAILED, scores.failed, len(job.parts))
+    if len(scores.account.skipped) == rows:
+        remove_run(evaluation.output, evaluation.store)
+        raise no_usable_row(job.tokens.data, rows, scores.account.skipped[0])
     return ScoredRun(
         account=scores.account,
         data=job.tokens.data,
@@ -84,10 +85,9 @@ def job_of(evaluation: Evaluation) -> Job:
     """
     options, bundle = evaluation.options, evaluation.bundle
     bundle = replace(bundle, folder=bundle.folder.absolute())
-    dataset = Path(evaluation.dataset)
-    evaluation = replace(
-        evaluation, bundle=bundle, dataset=str(dataset.absolute()) if dataset.exists() else evaluation.dataset
-    )
+    dataset = evaluation.dataset
+    is_here = dataset and os.path.exists(dataset)  # noqa: PTH110 - Path.exists raises at a name that is too long
+    evaluation = replace(evaluation, bundle=bundle, dataset=str(Path(dataset).absolute()) if is_here else dataset)
     tokens = evaluation.find_tokens()
     storage = evaluation.store.storage
     return Job(

@@ -50,6 +50,11 @@ class Job:
     environment: Mapping[str, str]
     engine: Callable[[Bundle, str], Engine] | None = None
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Roles whose scores engines compute; the reference's may be taken from another run."""
+        return tuple(role for role in self.roles if role != REFERENCE or self.reference_scores is None)
+
     def open_bundle(self) -> Bundle:
         """The bundle, as this machine has it; the first thing to be done there.
 
@@ -104,13 +109,12 @@ class Job:
         Args:
             apart: whether policy and reference lie in workers of their own.
         """
-        roles = tuple(self.roles)
         if not apart:
-            return [Stage(0, to_score=roles, to_load=roles, share=1.0, is_last=True)]
+            return [Stage(0, to_score=self.roles, to_load=self.computed, share=1.0, is_last=True)]
         return [
             Stage(0, to_score=(REFERENCE,), to_load=(REFERENCE,), share=0.5, is_last=False),
             # The reference's scores come from the stage before; what is missing all the same is scored here.
-            Stage(1, to_score=roles, to_load=(POLICY,), share=0.5, is_last=True),
+            Stage(1, to_score=self.roles, to_load=(POLICY,), share=0.5, is_last=True),
         ]
 
 

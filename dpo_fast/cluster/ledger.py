@@ -6,9 +6,11 @@ driver's node, and is asked by workers and driver alike; nothing in it is needed
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+START_SECONDS = 60.0  # within which workers start, if there is room for them
 
 
 @dataclass(slots=True)
@@ -16,6 +18,7 @@ class WorkerState:
     """One worker, as far as the ledger knows.
 
     Attributes:
+        stage: of the work on a part that it does.
         host, node, pid: where it runs now; the node's id is Ray's.
         handle: of its actor, by which it can be killed.
         starts: how often its actor has started.
@@ -25,8 +28,10 @@ class WorkerState:
         tokens: that its engine has computed, without padding, for as long as the run goes.
         is_ready: whether its engine is loaded.
         is_gone: whether it was given up.
+        refusal: why its engine cannot be loaded, and since when that is known; or None.
     """
 
+    stage: int
     host: str
     node: str
     pid: int
@@ -38,6 +43,7 @@ class WorkerState:
     tokens: int = 0
     is_ready: bool = False
     is_gone: bool = False
+    refusal: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class SilentWorker:
 
     Attributes:
         worker: its name.
+        stage: of the work on a part that it does.
         handle: of its actor.
         node: Ray's id.
         seconds: since the last sign.
@@ -53,6 +60,7 @@ class SilentWorker:
     """
 
     worker: str
+    stage: int
     handle: Any
     node: str
     seconds: float
@@ -69,6 +77,7 @@ class Snapshot:
         workers: that are at work.
         silent: those without a sign of life.
         failing_starts: the most often that one worker has started without ever becoming ready.
+        refusals: by worker, where its engine cannot be loaded: on which host, and why.
     """
 
     pairs: float
@@ -76,36 +85,53 @@ class Snapshot:
     workers: int
     silent: list[SilentWorker]
     failing_starts: int
+    refusals: dict[str, str]
 
 
 class Ledger:
     """The book of a run's parts and workers."""
 
-    def __init__(self, attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, attempts: int, sizes: Sequence[int], clock: Callable[[], float] = time.monotonic) -> None:
         """An empty book.
 
         Args:
             attempts: how often a worker may die or hang at a part before the part is refused.
+            sizes: workers by stage.
             clock: seconds.
         """
-        self._attempts, self._clock = attempts, clock
+        self._attempts, self._sizes, self._clock = attempts, sizes, clock
         self._workers: dict[str, WorkerState] = {}
         self._blamed: Counter[int] = Counter()
         self._ended: dict[tuple[int, int], float] = {}  # pairs by part and stage: one that is ended twice counts once
 
-    def started(self, worker: str, host: str, node: str, pid: int, handle: Any) -> None:
+    def started(self, worker: str, stage: int, host: str, node: str, pid: int, handle: Any) -> None:
         """A worker's actor has started, for the first time or again; what it was at before has taken it down."""
         before = self._workers.get(worker)
         if before is not None:
             self._blame(before)
         starts = 1 if before is None or before.is_ready else before.starts + 1
         tokens = 0 if before is None else before.tokens
-        self._workers[worker] = WorkerState(host, node, pid, handle, starts, self._clock(), tokens=tokens)
+        self._workers[worker] = WorkerState(stage, host, node, pid, handle, starts, self._clock(), tokens=tokens)
 
     def ready(self, worker: str) -> None:
         """A worker's engine is loaded."""
         self._workers[worker].is_ready = True
         self._sign(worker)
+
+    def refuse(self, worker: str, reason: str) -> bool:
+        """A worker's engine cannot be loaded.
+
+        Returns:
+            Whether others of its stage may do the work: then it had better not become ready, for whoever fails at once
+            would be given one part after another, and fail at all of them.
+        """
+        self._sign(worker)
+        state, now = self._workers[worker], self._clock()
+        state.refusal = state.refusal or (reason, now)
+        there = [each for each in self._workers.values() if each.stage == state.stage and not each.is_gone]
+        if any(each.refusal is None for each in there):
+            return True
+        return len(there) < self._sizes[state.stage] and now - state.refusal[1] < START_SECONDS
 
     def begin(self, worker: str, part: int) -> str | None:
         """A worker is about to prepare a part.
@@ -170,7 +196,7 @@ class Ledger:
         now = self._clock()
         at_work = {name: state for name, state in self._workers.items() if not state.is_gone}
         silent = [
-            SilentWorker(name, state.handle, state.node, now - state.last_sign, _what(state))
+            SilentWorker(name, state.stage, state.handle, state.node, now - state.last_sign, _what(state))
             for name, state in at_work.items()
             if now - state.last_sign > patience and (state.parts or not state.is_ready)
         ]
@@ -181,6 +207,7 @@ class Ledger:
             workers=len(at_work),
             silent=silent,
             failing_starts=max((state.starts for state in at_work.values() if not state.is_ready), default=0),
+            refusals={name: f"{state.host}: {state.refusal[0]}" for name, state in at_work.items() if state.refusal},
         )
 
     def _sign(self, worker: str) -> None:

@@ -11,8 +11,8 @@ from dpo_fast.errors import DpoFastError, UsageError
 from dpo_fast.memory import fit_together
 from dpo_fast.provenance import hardware, versions
 
-# What decides a part's bytes, beside the engine, which its own name tells.
-SAME_EVERYWHERE = ("dpo-fast", "numpy", "pyarrow")
+# What decides a part's tokens and bytes, beside the engine, which its own name tells.
+SAME_EVERYWHERE = ("dpo-fast", "numpy", "pyarrow", "datasets", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def _look(job: Job, marker: str, wanted: dict[str, str]) -> Sight:
         if there.get(name) != version
     ]
     try:
-        fits = fit_together(job.open_bundle(), job.roles)
+        fits = fit_together(job.open_bundle(), job.computed)
         if differing:
             fault = f"has other versions than the driver's machine: {', '.join(differing)}; install the same"
         elif job.store.storage.read(marker) is None:

@@ -70,7 +70,7 @@ def measure(job: Job, seconds: float = SECONDS) -> Measurement:
     bundle = job.open_bundle()
     engines = Engines(bundle, job.open_engine)
     try:
-        loaded = {role: engines.get(role) for role in job.roles}
+        loaded = {role: engines.get(role) for role in job.computed}
         load_seconds = time.perf_counter() - started
         started = time.perf_counter()
         tokens = TokenCache(job.tokens)
@@ -80,7 +80,7 @@ def measure(job: Job, seconds: float = SECONDS) -> Measurement:
             tokens.close()
         tokenize_seconds = time.perf_counter() - started
         batches: dict[str, list[Batch]] = {}
-        for role in job.roles:
+        for role in job.computed:
             layout = bundle.manifest.models[role].layout
             arrangement = arrange(table, layout, min(job.token_budget, longest_row(layout, job.max_length)))
             batches[role] = list(make_batches(arrangement, job.token_budget))
@@ -95,7 +95,7 @@ def measure(job: Job, seconds: float = SECONDS) -> Measurement:
                 scored += batch.input_ids.size - batch.padding
                 if time.perf_counter() > end:
                     break
-        first = loaded[job.roles[0]]
+        first = loaded[job.computed[0]]
         return Measurement(
             load_seconds,
             tokenize_seconds,

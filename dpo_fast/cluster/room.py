@@ -52,6 +52,12 @@ def count_workers(options: ClusterOptions, resources: Mapping[str, float], nodes
     return max(1, min(options.workers or room, room, parts))
 
 
+def engine_threads(resources: Mapping[str, float]) -> int:
+    """Threads of a worker's engine: as many as it has cores; 0, its machine's, where it takes none, or has a GPU."""
+    cores = resources.get("CPU", 0)
+    return 0 if "GPU" in resources or not cores else max(1, int(cores))
+
+
 def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
     """Amounts by Ray's names, as Ray's arguments."""
     named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}

@@ -15,8 +15,8 @@ from dpo_fast.cluster.ledger import Ledger, Snapshot
 from dpo_fast.cluster.look_around import Sight, look_around
 from dpo_fast.cluster.options import ClusterOptions
 from dpo_fast.cluster.outcome import Outcome
-from dpo_fast.cluster.room import count_workers, room_for, worker_resources
-from dpo_fast.errors import CheckFailedError, InterruptedRunError, UsageError
+from dpo_fast.cluster.room import count_workers, engine_threads, room_for, worker_resources
+from dpo_fast.errors import CheckFailedError, DpoFastError, InterruptedRunError, UsageError
 from dpo_fast.interrupts import Stop
 from dpo_fast.progress import Progress
 from dpo_fast.scoring import Account
@@ -100,10 +100,10 @@ def gathered(job: Job, options: ClusterOptions, engines: str) -> Iterator[Gather
         resources = worker_resources(options, job.recipe_engine, there)
         workers = count_workers(options, resources, there, len(job.parts))
         computing = [node for node in there if room_for(resources, [node])]
-        if job.threads == 0 and "GPU" not in resources:
-            job = replace(job, threads=int(resources.get("CPU", 0)))
+        job = replace(job, threads=job.threads or engine_threads(resources))
         sights = look_around(job, computing)
-        apart = len(job.roles) > 1 and (engines == "apart" or (engines == "auto" and not all(s.fits for s in sights)))
+        fits = all(sight.fits for sight in sights)
+        apart = len(job.computed) > 1 and (engines == "apart" or (engines == "auto" and not fits))
         sizes = [workers]
         if apart:
             room = room_for(resources, computing)
@@ -132,13 +132,13 @@ def score_on_cluster(cluster: Gathered, stop: Stop, progress: Progress, report: 
     import ray
 
     job, crew = cluster.job, cluster.crew
-    ledger = ray.remote(Ledger).options(num_cpus=0, resources={HEAD: 0.001}).remote(crew.attempts)
+    ledger = ray.remote(Ledger).options(num_cpus=0, resources={HEAD: 0.001}).remote(crew.attempts, crew.sizes)
     stopped = Event()
     try:
         with ThreadPoolExecutor(1, "drive") as threads:
             if cluster.is_client:  # Ray Data runs where the cluster is
                 far = ray.remote(num_cpus=0, max_retries=0, resources={HEAD: 0.001})(drive).remote(job, crew, ledger)
-                driving = threads.submit(ray.get, far)
+                driving = threads.submit(_answer, far)
             else:
                 driving = threads.submit(drive, job, crew, ledger, report, stopped.is_set)
             try:
@@ -150,6 +150,23 @@ def score_on_cluster(cluster: Gathered, stop: Stop, progress: Progress, report: 
     finally:
         ray.kill(ledger)  # without which no worker begins another part
     return _put_together(job, outcomes)
+
+
+def _answer(far: Any) -> dict[int, Outcome]:
+    """What the driving in the cluster came to.
+
+    Raises:
+        DpoFastError: as it was raised there; Ray's own has the whole traceback for its text.
+    """
+    import ray
+
+    try:
+        outcomes: dict[int, Outcome] = ray.get(far)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DpoFastError):
+            raise error.cause from error
+        raise
+    return outcomes
 
 
 def _follow(

@@ -48,7 +48,7 @@ class PartWorker:
         context = ray.get_runtime_context()
         self._ledger, self._stage, self._job = ledger, stage, job
         self._name, self._host = str(context.get_actor_id()), platform.node()
-        said = (self._name, self._host, context.get_node_id(), os.getpid(), context.current_actor)
+        said = (self._name, stage.number, self._host, context.get_node_id(), os.getpid(), context.current_actor)
         ray.get(ledger.started.remote(*said))
         self._on_engine = Lock()
         self._engine_was_left = time.perf_counter()
@@ -57,6 +57,8 @@ class PartWorker:
             self._open()
         except Exception as error:  # an actor that cannot be made would be made again, without end
             self._refusal = error
+            while not _is_fatal(error) and ray.get(ledger.refuse.remote(self._name, _reason(error))):
+                time.sleep(SECONDS_BETWEEN_WORDS)
         ray.get(ledger.ready.remote(self._name))
 
     def _open(self) -> None:
@@ -120,12 +122,8 @@ class PartWorker:
             if not self._stage.is_last:
                 return token_ids, self._in_hand.hand_over(token_ids, ready.scores.get(REFERENCE))
             self._in_hand.forget(token_ids)
-        except DpoFastError as error:
-            outcome.reason = str(error)
-            # What a disk refuses once it may take later; what a user's input lacks it will lack again.
-            outcome.is_fatal = isinstance(error, InputError) and not isinstance(error, StorageError)
         except Exception as error:
-            outcome.reason = named_line(error)
+            outcome.reason, outcome.is_fatal = _reason(error), _is_fatal(error)
         finally:
             self._ledger.end.remote(self._name, part, self._stage.number, pairs)
         return "", b""
@@ -138,6 +136,16 @@ class PartWorker:
         score_part(self._work, turn, ready)
         words.send()
         self._engine_was_left = time.perf_counter()
+
+
+def _reason(error: Exception) -> str:
+    """An error, in a line."""
+    return str(error) if isinstance(error, DpoFastError) else named_line(error)
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether all parts would fail: what a disk refuses once it may take later; what a user's input lacks, it lacks."""
+    return isinstance(error, InputError) and not isinstance(error, StorageError)
 
 
 class _Words:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fake_engines import FakeEngine
 
 from dpo_fast.batches import Batch
-from dpo_fast.bundle import Bundle
+from dpo_fast.bundle import REFERENCE, Bundle
 from dpo_fast.types import TokenScores
 
 
@@ -55,6 +55,38 @@ class SlowEngines:
 
     def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
         return SlowEngine(role, self.folder, self.seconds)
+
+
+class NotOnThatNode:
+    """Opens no engine on the node that is the first to ask for one, as where another process has the GPU's memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        try:
+            with (self.folder / "node").open("x") as file:
+                file.write(node)
+        except FileExistsError:
+            time.sleep(0.5)  # it may not be written yet
+        if (self.folder / "node").read_text() == node:
+            raise RuntimeError("out of memory")
+        return SlowEngine(role, self.folder, 0.02)
+
+
+def dies(bundle: Bundle, role: str) -> FakeEngine:
+    """The process ends, as where an engine takes more memory than there is."""
+    os._exit(1)
+
+
+def open_policy_alone(bundle: Bundle, role: str) -> FakeEngine:
+    """The fake engine of the policy; there is none of the reference."""
+    if role == REFERENCE:
+        raise RuntimeError("nobody needs the reference's engine")
+    return FakeEngine(salt=role)
 
 
 class BadPart:

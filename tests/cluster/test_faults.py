@@ -24,7 +24,7 @@ from dpo_fast.evaluate import EvaluateOptions, evaluate
 
 from .compare import files, numbers
 from .conftest import RARE
-from .engines import BadPart, SlowEngines
+from .engines import BadPart, NotOnThatNode, SlowEngines
 from .nodes import Nodes
 
 pytestmark = pytest.mark.slow
@@ -126,6 +126,16 @@ def test_at_random_moments(run: Run, local: Path, faults: Sequence[Callable[[Run
     for fault in happen:
         fault.join()
     assert not list(run.orders.glob("*.json"))  # a worker has taken each
+    assert files(run.output) == files(local)
+    assert numbers(run.output) == numbers(local)
+
+
+def test_one_worker_cannot_load_its_engine(run: Run, local: Path) -> None:
+    """Failing at once, it would be given most of the parts."""
+    evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=NotOnThatNode(run.orders))
+
+    assert [line.partition(" on ")[0] for line in run.said[1:]] == ["a worker cannot load its engine"]
+    assert run.said[1].endswith(": RuntimeError: out of memory")
     assert files(run.output) == files(local)
     assert numbers(run.output) == numbers(local)
 

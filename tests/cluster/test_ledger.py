@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_fast.cluster.ledger import Ledger
+from dpo_fast.cluster.ledger import START_SECONDS, Ledger
 
 PATIENCE = 10.0
 
@@ -24,14 +24,14 @@ def clock() -> Clock:
 
 @pytest.fixture
 def ledger(clock: Clock) -> Ledger:
-    ledger = Ledger(attempts=2, clock=clock)
+    ledger = Ledger(attempts=2, sizes=[2], clock=clock)
     start(ledger, "a")
     start(ledger, "b")
     return ledger
 
 
 def start(ledger: Ledger, worker: str) -> None:
-    ledger.started(worker, "host", "node", 1, f"handle of {worker}")
+    ledger.started(worker, 0, "host", "node", 1, f"handle of {worker}")
     ledger.ready(worker)
 
 
@@ -94,8 +94,8 @@ def test_what_a_dead_worker_had_scored_of_its_part_is_taken_back(ledger: Ledger)
 def test_who_has_something_to_do_and_says_nothing_is_silent(ledger: Ledger, clock: Clock) -> None:
     ledger.begin("a", 7)
     clock.now = PATIENCE + 1
-    assert [(s.worker, s.handle, s.what) for s in ledger.snapshot(PATIENCE).silent] == [
-        ("a", "handle of a", "preparing part 7")
+    assert [(s.worker, s.stage, s.handle, s.what) for s in ledger.snapshot(PATIENCE).silent] == [
+        ("a", 0, "handle of a", "preparing part 7")
     ]
     ledger.on_engine("a", 7)
     assert ledger.snapshot(PATIENCE).silent == []
@@ -110,15 +110,38 @@ def test_who_has_something_to_do_and_says_nothing_is_silent(ledger: Ledger, cloc
 
 def test_one_that_never_becomes_ready_is_silent_and_its_starts_are_counted(ledger: Ledger, clock: Clock) -> None:
     for number in range(3):
-        ledger.started("c", "host", "node", 1, None)
+        ledger.started("c", 0, "host", "node", 1, None)
         assert ledger.snapshot(PATIENCE).failing_starts == number + 1
     clock.now = PATIENCE + 1
     assert [s.what for s in ledger.snapshot(PATIENCE).silent] == ["loading its engine"]
     ledger.ready("c")
     assert ledger.snapshot(PATIENCE).failing_starts == 0
     start(ledger, "c")
-    ledger.started("c", "host", "node", 1, None)
+    ledger.started("c", 0, "host", "node", 1, None)
     assert ledger.snapshot(PATIENCE).failing_starts == 1
+
+
+def test_who_cannot_load_its_engine_holds_back_as_long_as_others_may_work(ledger: Ledger) -> None:
+    assert ledger.refuse("a", "no memory")
+    assert ledger.refuse("a", "no memory")
+    assert ledger.snapshot(PATIENCE).refusals == {"a": "host: no memory"}
+    ledger.give_up("b")
+    assert ledger.refuse("a", "no memory") is True  # another one may still start
+    start(ledger, "c")
+    ledger.refuse("c", "no memory either")
+    assert not ledger.refuse("a", "no memory")
+    start(ledger, "c")  # again, and all is well
+    assert ledger.refuse("a", "no memory")
+
+
+def test_who_cannot_load_its_engine_does_not_wait_for_ever_for_others_to_start(clock: Clock) -> None:
+    """And not for those of another stage."""
+    ledger = Ledger(attempts=2, sizes=[2, 1], clock=clock)
+    start(ledger, "a")
+    ledger.started("other stage", 1, "host", "node", 1, None)
+    assert ledger.refuse("a", "no memory")
+    clock.now = START_SECONDS
+    assert not ledger.refuse("a", "no memory")
 
 
 def test_workers_that_were_given_up_are_not_waited_for(ledger: Ledger, clock: Clock) -> None:

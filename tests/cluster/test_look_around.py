@@ -12,7 +12,7 @@ from dpo_fast.cluster.job import Job
 from dpo_fast.cluster.look_around import SAME_EVERYWHERE, _look
 from dpo_fast.cluster.outcome import Outcome
 from dpo_fast.cluster.run import _put_together
-from dpo_fast.errors import CheckFailedError
+from dpo_fast.errors import CheckFailedError, DatasetError
 from dpo_fast.evaluation import EvaluateOptions, begin
 from dpo_fast.provenance import versions
 from dpo_fast.scoring import Account
@@ -70,8 +70,16 @@ def test_the_parts_folder_is_another_one(job: Job, tmp_path: Path) -> None:
 
 
 def test_other_versions(job: Job) -> None:
-    fault = _look(job, ".marker", HERE | {"numpy": "1.0"}).fault
-    assert fault == (f"has other versions than the driver's machine: numpy {HERE['numpy']} (not 1.0); install the same")
+    """Of what makes the tokens, too."""
+    for name in ("numpy", "tokenizers", "transformers", "datasets"):
+        fault = _look(job, ".marker", HERE | {name: "1.0"}).fault
+        assert fault == f"has other versions than the driver's machine: {name} {HERE[name]} (not 1.0); install the same"
+
+
+def test_a_name_of_a_data_set_that_no_file_can_have(bundle: Path, tmp_path: Path) -> None:
+    options = EvaluateOptions(part_size=100)
+    with begin(bundle, "a" * 5000, tmp_path / "run", options) as evaluation, pytest.raises(DatasetError, match="name"):
+        job_of(evaluation)
 
 
 def test_workers_with_different_engines(job: Job) -> None:

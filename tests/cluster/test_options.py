@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_fast.cluster.connection import Node, connected
 from dpo_fast.cluster.options import ClusterOptions, check_cluster_options, parse_address, parse_resources
-from dpo_fast.cluster.room import count_workers, room_for, worker_resources
+from dpo_fast.cluster.room import count_workers, engine_threads, room_for, worker_resources
 from dpo_fast.errors import MissingDependencyError, UsageError
 
 
@@ -91,6 +91,14 @@ def test_room(
     assert found == resources
     assert count_workers(options, found, nodes, parts=1000) == workers
     assert count_workers(options, found, nodes, parts=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("resources", "threads"),
+    [({"CPU": 8}, 8), ({"CPU": 0.5}, 1), ({"CPU": 1.5}, 1), ({"GPU": 1, "CPU": 4}, 0), ({"memory": 2**30}, 0)],
+)
+def test_a_worker_s_engine_takes_the_cores_of_the_worker(resources: dict[str, float], threads: int) -> None:
+    assert engine_threads(resources) == threads
 
 
 def test_no_room() -> None:

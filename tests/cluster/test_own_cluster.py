@@ -1,6 +1,7 @@
 """A connection that is there, clusters that are started, object storage, a real engine, Ctrl-C, and wrong arguments."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,13 +20,13 @@ from signals import send
 
 import dpo_fast.cli
 from dpo_fast.cluster.options import ClusterOptions
-from dpo_fast.errors import InputError, InterruptedRunError, UsageError
+from dpo_fast.errors import CheckFailedError, DatasetError, InputError, InterruptedRunError, UsageError
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 from dpo_fast.plan import plan
 from dpo_fast.run_folder import open_scores
 
 from .compare import files, numbers
-from .engines import BadPart, SlowEngines, open_fake
+from .engines import BadPart, SlowEngines, dies, open_fake, open_policy_alone
 from .nodes import Nodes
 
 pytestmark = pytest.mark.slow
@@ -164,11 +165,48 @@ def test_a_row_that_cannot_be_used_stops_the_run_as_in_one_process(bundle: Path,
     assert said[0][1] == 2
 
 
-def test_more_than_there_is_room_for(bundle: Path, dataset: str, tmp_path: Path) -> None:
+def test_a_set_without_a_usable_row_is_refused_as_in_one_process(bundle: Path, tmp_path: Path) -> None:
+    empty = write_rows(tmp_path / "empty.jsonl", [{**row, "chosen": ""} for row in ROWS])
+    said = []
+    for number, options in enumerate((OPTIONS, CLUSTER)):
+        with pytest.raises(DatasetError, match=r"none of 5 rows can be used; row 1: 'chosen' is empty") as caught:
+            evaluate(bundle, empty, tmp_path / str(number), options, engine=open_fake)
+        said.append(str(caught.value))
+        assert not (tmp_path / str(number)).exists()
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("engines", ["together", "apart"])
+def test_scores_that_are_known_need_no_engine(
+    bundle: Path, dataset: str, local: Path, tmp_path: Path, engines: Any
+) -> None:
+    options = replace(CLUSTER, reference_scores=local, engines=engines)
+    metrics = evaluate(bundle, dataset, tmp_path / "run", options, engine=open_policy_alone)
+
+    assert files(tmp_path / "run") == files(local)
+    assert metrics["provenance"]["this_process"]["pairs_with_known_reference_scores"] == 188
+    planned = plan(bundle, dataset, tmp_path / "planned", options, engine=open_policy_alone)
+    both = plan(bundle, dataset, tmp_path / "planned", OPTIONS, engine=open_fake)
+    assert planned.tokens * 2 == pytest.approx(both.tokens, abs=1)  # of two halves, each rounded
+
+
+def test_a_process_that_is_lost_as_it_is_measured(bundle: Path, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailedError, match=r"a process that the run cannot do without was lost .*is there "):
+        plan(bundle, dataset, tmp_path / "run", CLUSTER, engine=dies)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_than_there_is_room_for(bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    """And it does not cost the run that would have been overwritten."""
     options = replace(OPTIONS, cluster=ClusterOptions("local", resources={"GPU": 1}))
     with pytest.raises(UsageError, match=r"no node has what a worker takes \(CPU 1, GPU 1\): there is "):
         evaluate(bundle, dataset, tmp_path / "run", options, engine=open_fake)
     assert not (tmp_path / "run").exists()
+    shutil.copytree(local, tmp_path / "old")
+    with pytest.raises(UsageError, match="no node has what a worker takes"):
+        evaluate(bundle, dataset, tmp_path / "old", replace(options, overwrite=True), engine=open_fake)
+    assert files(tmp_path / "old") == files(local)
+    assert (tmp_path / "old" / "metrics.json").exists()
 
 
 def test_a_finished_run_is_gone_through_again_and_nothing_is_computed(
@@ -198,6 +236,42 @@ def test_a_cluster_that_is_started_for_a_run(tiny_bundle: Path, tmp_path: Path) 
     assert np.isfinite(metrics["eval_loss"])
     [line] = done.stderr.splitlines()
     assert line.startswith("1 part for 1 worker (CPU ")
+
+
+def test_ctrl_c_ends_the_connection(bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
+    """In a process of its own: what still runs there connects to no other cluster, nor disturbs the next run."""
+    (tmp_path / "orders").mkdir()
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from cluster.engines import SlowEngines\n"
+        "from dpo_fast.cluster.options import ClusterOptions\n"
+        "from dpo_fast.errors import InterruptedRunError\n"
+        "from dpo_fast.evaluate import EvaluateOptions, evaluate\n"
+        "bundle, dataset, output, orders = sys.argv[1:]\n"
+        "options = EvaluateOptions(part_size=8, on_error='skip', cluster=ClusterOptions('local', workers=1))\n"
+        "stop = lambda line: os.kill(os.getpid(), signal.SIGINT)\n"
+        "try:\n"
+        "    evaluate(Path(bundle), dataset, Path(output), options, stop, engine=SlowEngines(Path(orders)))\n"
+        "except InterruptedRunError as error:\n"
+        "    print(error)\n"
+        "time.sleep(3)\n"  # a second is enough for those threads to look again
+        "import ray; print(ray.is_initialized())\n"
+        "evaluate(Path(bundle), dataset, Path(output), options, engine=SlowEngines(Path(orders)))\n"
+    )
+    places = [bundle, dataset, tmp_path / "run", tmp_path / "orders"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, places)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (0, "")
+    said, is_connected = done.stdout.splitlines()
+    assert said.startswith("SIGINT: stopped with ")
+    assert is_connected == "False"
+    assert files(tmp_path / "run") == files(local)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dpo_fast.cluster.options import ClusterOptions
+from dpo_fast.errors import InputError
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 
 from .compare import files, numbers
@@ -35,6 +36,19 @@ def test_workers(
     assert len(whole) <= workers
     assert provenance["this_process"]["scored_pairs"] == 188
     assert provenance["this_process"]["pairs_with_known_reference_scores"] == 0
+
+
+def test_a_driver_that_is_no_node_says_what_is_wrong_in_one_line(
+    nodes: Nodes, bundle: Path, dataset: str, tmp_path: Path
+) -> None:
+    """What was raised in the cluster, without Ray's traceback around it."""
+    nodes.restore(3)
+    cluster = ClusterOptions(f"ray://127.0.0.1:{nodes.client_port}", workers=2)
+    options = EvaluateOptions(part_size=8, on_error="stop", cluster=cluster)
+
+    with pytest.raises(InputError, match=r"^row (18|101): '(chosen|rejected)' is empty: fill it in") as caught:
+        evaluate(bundle, dataset, tmp_path / "run", options, engine=open_fake)
+    assert str(caught.value).isprintable()
 
 
 def test_a_driver_that_is_no_node(nodes: Nodes, bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
