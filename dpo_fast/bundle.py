@@ -22,6 +22,7 @@ from typing import Any
 from dpo_fast.batches import LAYOUTS, Layout
 from dpo_fast.errors import BundleError
 from dpo_fast.files import sha256, write_json
+from dpo_fast.recipes import Recipe
 
 MANIFEST = "bundle.json"
 FORMAT = 3
@@ -192,9 +193,11 @@ def open_bundle(folder: Path) -> Bundle:
         names += [entry.plan for entry in models.values() if entry.plan is not None]
         layouts = {entry.layout for entry in models.values()}
         _check_kinds(manifest)
+        # What engines are made of lies in these, or will.
+        folders = [Recipe(**manifest.recipe).name, *(name for entry in models.values() for name in entry.weights)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: is damaged ({type(error).__name__}: {error}); export the bundle again") from error
-    for name in [*names, *(weights for entry in models.values() for weights in entry.weights)]:
+    for name in [*names, *folders]:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name:
             raise BundleError(f"{path}: names {name!r}, which lies outside the bundle; do not trust this bundle")

@@ -267,6 +267,7 @@ def gather() -> Facts:
     gpus, gpu_problem = ask_nvidia_smi()
     if driver is not None and not gpus:  # as in containers, which have the driver without its tool
         gpus = ask_driver(driver)
+        gpu_problem = None if gpus else gpu_problem  # that the tool is missing is none
     modules = {name: look_at(name, distributions) for name, distributions in MODULES.items()}
     return Facts(
         hardware=hardware(),

@@ -78,6 +78,8 @@ def refuse_existing(target: Path, *, overwrite: bool, marker: str) -> None:
         raise OutputExistsError(f"{target}: exists already; name another folder, or say --overwrite")
     if not (target / marker).exists():
         raise OutputExistsError(f"{target}: holds no {marker}, so --overwrite does not touch it; name another folder")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise OutputExistsError(f"{target}: would be replaced, and this command runs in it; run it from another folder")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -92,15 +92,19 @@ def change(bundle: Bundle, edit: Callable[[Manifest], object]) -> str:
 @pytest.mark.parametrize(
     "name", ["../evil", "policy/../../evil", "/etc/passwd", "", ".", "..", "policy\\..\\..\\evil", "//host/x"]
 )
-@pytest.mark.parametrize("where", ["files", "graph", "weights"])
+@pytest.mark.parametrize("where", ["files", "graph", "weights", "recipe"])
 def test_names_outside_the_bundle(bundle: Bundle, name: str, where: str) -> None:
+    """A recipe's name is a folder's too: a refit writes what it quantises into engines/NAME."""
+
     def edit(manifest: Manifest) -> None:
-        if where == "weights":  # an adapter's base is loaded from there
-            manifest["models"]["policy"]["weights"] = [name, "policy"]
-            return
-        manifest["files"][name] = manifest["files"]["policy.onnx"]
+        if where in ("files", "graph"):
+            manifest["files"][name] = manifest["files"]["policy.onnx"]
         if where == "graph":
             manifest["models"]["policy"]["graph"] = name
+        if where == "weights":
+            manifest["models"]["policy"]["weights"] = [name, "policy"]  # an adapter's base is loaded from there
+        if where == "recipe":
+            manifest["recipe"]["name"] = name
 
     assert f"names {name!r}, which lies outside the bundle; do not trust this bundle" in change(bundle, edit)
 
@@ -127,6 +131,7 @@ EDITS: dict[str, tuple[Callable[[Manifest], object], str]] = {
     "a vocabulary of text": (lambda m: m["models"]["policy"].update(vocabulary="5"), "'5' instead of a whole"),
     "positions of text": (lambda m: m["models"]["policy"].update(max_positions="5"), "'5' instead of a whole"),
     "a length of text": (lambda m: m.update(max_length="1024"), "'1024' instead of a whole number"),
+    "a recipe of another version": (lambda m: m["recipe"].update(new=1), "is damaged (TypeError: Recipe"),
     "a recipe of text": (lambda m: m.update(recipe="cpu"), "is damaged (TypeError"),
     "a recipe without an engine": (lambda m: m["recipe"].pop("engine"), "is damaged (KeyError: 'engine')"),
     "a budget of text": (lambda m: m["recipe"].update(token_budget="5"), "'5' instead of a whole number"),

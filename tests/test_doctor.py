@@ -274,9 +274,15 @@ class Driver:
         return 0
 
 
-def test_the_driver_is_asked_where_its_tool_is_not() -> None:
+def test_the_driver_is_asked_where_its_tool_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in many containers; nobody is told then that no driver is installed."""
     assert ask_driver(Driver()) == [replace(A10, driver="unknown")]
     assert cuda_of_driver(Driver()) == "12.4"
+    monkeypatch.setattr(doctor, "load_driver", Driver)
+    monkeypatch.setattr(doctor, "ask_nvidia_smi", lambda: ([], LAPTOP.gpu_problem))
+    monkeypatch.setattr(doctor, "look_at", lambda *_: Module())
+    facts = doctor.gather()
+    assert (facts.gpus, facts.gpu_problem) == ([replace(A10, driver="unknown")], None)
 
 
 def test_modules() -> None:

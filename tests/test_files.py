@@ -41,6 +41,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
                                          "deep/target/sub/data"}  # fmt: skip
 
 
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_the_folder_that_a_command_runs_in_is_not_replaced_beneath_it(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "target" / "sub" / "sub"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    (Path(target) / MARKER).write_text("old")
+    before = snapshot(tmp_path)
+    with (
+        pytest.raises(OutputExistsError, match="this command runs in it; run it from another folder"),
+        new_folder(Path(target), overwrite=True, marker=MARKER),
+    ):
+        pytest.fail("nothing is computed for a target that cannot be replaced")
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.EINVAL, "no fault of the disk")]
 )

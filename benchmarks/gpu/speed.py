@@ -220,7 +220,8 @@ def make_bundle(
     if recipe.engine == "tensorrt-rtx" and settings.target is not None:
         options += ["--target", settings.target]
     if shape == LARGE:
-        options += ["--no-self-check"]  # needs the model in float32 on the processor; here the errors are measured
+        # A self-check needs the model in float32 on the processor; here the errors are measured.
+        options += ["--no-self-check", "--layout", "shared"]
     return run_python(["-m", "dpo_fast.export", *options], f"{bundle.name}-export", surroundings)
 
 

@@ -55,7 +55,11 @@ def export_command(
         ),
     ] = None,
     layout: Annotated[
-        LayoutChoice, typer.Option(help="Whether completions share their prompt's computation.")
+        LayoutChoice,
+        typer.Option(
+            help="Whether completions share their prompt's computation; auto lets the self-check choose, and is plain "
+            "without one."
+        ),
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     calibration: Calibration = None,
@@ -101,8 +105,6 @@ def export_command(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
-    if reference == "none" and reference_revision is not None:
-        raise UsageError("--reference-revision goes with a reference, and --reference is none")
     export(policy, None if reference == "none" else reference, output, options, say)
     if as_json:
         print_json(json.loads((output / MANIFEST).read_text(encoding="utf-8")))

@@ -54,7 +54,7 @@ def open_roles(
 
     Raises:
         CheckpointError: a checkpoint cannot be exported.
-        UsageError: the policy is no adapter, and the reference is to be its base.
+        UsageError: the policy is no adapter, and the reference is to be its base; or a base is named for no adapter.
     """
     found = {POLICY: open_checkpoint(policy, policy_revision, trust_remote_code=trust_remote_code)}
     if reference == BASE and not found[POLICY].is_adapter:
@@ -67,6 +67,10 @@ def open_roles(
     elif reference is not None:
         found[REFERENCE] = open_checkpoint(reference, reference_revision, trust_remote_code=trust_remote_code)
     adapters = {role: read_adapter(checkpoint) for role, checkpoint in found.items() if checkpoint.is_adapter}
+    if base is not None and not adapters:
+        raise UsageError(
+            f"--base {base} is what an adapter was trained on, and neither role is an adapter; leave it out"
+        )
     models = _adapted_roles(found, adapters, base, trust_remote_code=trust_remote_code) if adapters else {}
     for role, checkpoint in found.items():
         if role not in models:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from dpo_fast.batches import Layout
 from dpo_fast.bundle import FORMAT, MANIFEST, POLICY, REFERENCE, Manifest, ModelEntry, hash_files, write_manifest
+from dpo_fast.errors import UsageError
 from dpo_fast.export.adapter_roles import BASE, TRAINED_FROM, find_trained_from, open_roles
 from dpo_fast.export.calibration import read_calibration
 from dpo_fast.export.checkpoint import ADAPTER_FILE, Checkpoint, copy_folder, copy_tokenizer
@@ -47,7 +48,7 @@ class ExportOptions:
         recipe: a shipped recipe's name, or a file.
         max_length: default truncation of evaluations in tokens; None takes 1024, or fewer where the model has fewer
             positions.
-        layout: "shared", "plain", or None to let the self-check choose.
+        layout: "shared", "plain", or None to let the self-check choose; without one it is plain.
         calibration: data set whose first pairs the scales of activations are chosen from, for recipes that need it.
         build: how plans are built, for recipes whose engine runs such.
         self_check: whether the graphs are compared with PyTorch.
@@ -96,6 +97,11 @@ def export(
     """
     recipe = load_recipe(options.recipe)
     check_build_options(recipe, options.build)
+    if reference in (BASE, None) and options.reference_revision is not None:
+        raise UsageError(
+            f"--reference-revision {options.reference_revision} goes with a Hub id, and --reference is "
+            f"{reference or 'none'}"
+        )
     trust = options.trust_remote_code
     with new_folder(output, overwrite=options.overwrite, marker=MANIFEST) as folder:
         report("checking the checkpoints")
@@ -217,7 +223,7 @@ def _entry(role: str, model: RoleModel, checked: SelfCheck | None, layout: Layou
         engine_graph=model.graph,
         weights=[str(model.base_folder), f"{role}/{ADAPTER_FILE}"] if beneath else [role],
         adapter_gates=None if model.gates is None else list(model.gates),
-        layout=checked.layout if checked else layout or "shared",
+        layout=checked.layout if checked else layout or "plain",  # unchecked, what is right for every family
         self_check=checked.as_dict() if checked else None,
         engine_check=None,
     )

@@ -25,6 +25,7 @@ import transformers
 from accelerate import init_empty_weights
 from onnxscript.optimizer import optimize_ir
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import patch_attributes
@@ -48,6 +49,7 @@ from dpo_fast.export.positions import (
     windows,
 )
 from dpo_fast.export.probes import LONGEST_WINDOW
+from dpo_fast.export.sizes import read_sizes
 from dpo_fast.quiet import quiet
 
 INPUTS = {
@@ -60,6 +62,9 @@ INPUTS = {
 
 # Constants up to this many elements are folded into the graph; parameters never are, they have no value here.
 FOLDING_LIMIT = 4096
+# Columns of the rows that are traced: several chunks of the layers that compute in chunks, of up to 256 tokens, because
+# a graph traced of one chunk takes no row of two. The narrow one is for models that have fewer positions.
+WIDTH, NARROW_WIDTH = 600, 24
 # Each expert multiplies the tokens that chose it, gathered, and no others; the graph holds every expert's products.
 GROUPED = "grouped_mm"
 # What a model's code imports when it leaves windows to Transformers' masks.
@@ -98,10 +103,12 @@ def trace(
     # What a checkpoint stores has no value here; what a model computes as it is built (rotary frequencies) has.
     stored = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    positions = read_sizes(config).positions
     with FakeTensorMode(allow_non_fake_inputs=True):
         _take_values(model)
         # Sizes that differ from each other, and from 1: equal ones would be taken for the same dimension.
-        sample = {name: torch.zeros(2, 24, dtype=torch.long) for name in INPUTS if name.endswith("ids")}
+        width = WIDTH if positions is None or positions >= WIDTH else NARROW_WIDTH
+        sample = {name: torch.zeros(2, width, dtype=torch.long) for name in INPUTS if name.endswith("ids")}
         sample |= {name: torch.zeros(16, dtype=torch.long) for name in ("target_index", "target_ids")}
         if adapters:
             sample[ADAPTER_GATES] = torch.zeros(2, len(adapters))
@@ -115,7 +122,7 @@ def trace(
     settings = OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False)
     # Where each node comes from in the model's code is dropped below; not looking it up saves a tenth of the time.
     without_stacks = (torch.fx.config, "do_not_emit_stack_traces", lambda _: True)
-    with quiet(), patch_attributes([without_stacks]):
+    with quiet(), patch_attributes([without_stacks, (torch.export, "export", _of_all_sizes(positions))]):
         try:
             graph: ir.Model = OnnxExporter().export(model, sample, config=settings).program
             for name, value in graph.graph.initializers.items():
@@ -136,6 +143,33 @@ def trace(
     _name_dimensions(graph)
     _forget_origins(graph)
     return graph
+
+
+def _of_all_sizes(positions: int | None) -> Callable[..., Callable[..., ExportedProgram]]:
+    """torch.export.export, which then refuses what it only notes: that a trace holds for inputs of some sizes alone.
+
+    A model's code may do something else with long rows, such as leave out keys; a graph has one way for all of them.
+
+    Args:
+        positions: longer sequences than this the model does not have; None for no such end.
+    """
+
+    def wrap(export: Callable[..., ExportedProgram]) -> Callable[..., ExportedProgram]:
+        def checked(*args: Any, **kwargs: Any) -> ExportedProgram:
+            program = export(*args, **kwargs)
+            for node in program.graph.nodes:
+                if node.op == "placeholder" and node.name in INPUTS:
+                    for name, size in zip(INPUTS[node.name], node.meta["val"].shape, strict=True):
+                        holds = program.range_constraints[size.node.expr]
+                        if holds.lower > 2 or holds.upper < (positions or sys.maxsize):
+                            raise NotImplementedError(
+                                f"its code does something else unless {holds.lower} <= {name} <= {holds.upper}"
+                            )
+            return program
+
+        return checked
+
+    return wrap
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool, experts: str) -> PreTrainedModel:

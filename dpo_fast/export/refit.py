@@ -137,6 +137,9 @@ def refit(
             role: renew_plans(bundle, folder, made_entry, recipe, report) if made_entry.plan else made_entry
             for role, made_entry in made.items()
         }
+        for role, other in old.manifest.models.items():
+            if role != POLICY and other.engine_graph == entry.engine_graph:  # an adapter's base: the plans are its too
+                made[role] = replace(other, plan=made[POLICY].plan)
         report("hashing")
         kept = {name: value for name, value in old.manifest.files.items() if name not in renewed}
         files = hash_files(folder, known=kept)

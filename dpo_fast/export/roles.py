@@ -178,6 +178,8 @@ def choose_max_length(models: Iterable[RoleModel], wanted: int | None) -> int:
         raise UsageError(f"--max-length {wanted} leaves no room for a prompt and a completion")
     limits = [limit for model in models if (limit := model.sizes.positions) is not None]
     limit = min(limits, default=None)
+    if limit is not None and limit < 2:
+        raise CheckpointError(f"config.json says that the model has positions for {limit} tokens, which are too few")
     if wanted is None:
         return DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit)
     if limit is not None and wanted > limit:

@@ -241,6 +241,21 @@ def test_frequencies_of_short_sequences_and_nothing_beyond(
     assert self_check(folder.with_suffix(".onnx"), folder, layout=None).layout == "shared"
 
 
+@slow
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [("mamba2", {"chunk_size": 256}), ("bamba", {"mamba_chunk_size": 256, "max_position_embeddings": 2048})],
+)
+def test_rows_of_several_chunks(tmp_path: Path, model_type: str, keys: dict[str, Any]) -> None:
+    """The chunks of real models, 256 tokens, are longer than any row of the other tests, and than the self-check's."""
+    folder = save_model(make_model(make_config(model_type, **keys), scale=SCALE), tmp_path / "policy")
+    graph = session(bind_folder(folder, trace(AutoConfig.from_pretrained(folder), vocabulary_tile=TILE)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for row in (tokens(1, 3, 2), tokens(2, 250, 20), tokens(3, 400, 300)):
+        found = graph.run(["log_prob"], lay_out([row]))[0]
+        np.testing.assert_allclose(found, plain(model, [row])["log_prob"], rtol=0, atol=TOLERANCE)
+
+
 def test_the_longest_sequence_of_a_kind_of_layer() -> None:
     """Gemma3 has rotary parameters for each kind of layer."""
     assert longest_sequence(make_config("gemma3_text")) is None
@@ -267,9 +282,10 @@ def test_windows(model_type: str, expected: dict[str, int]) -> None:
             lambda: make_config("gpt_neo", window_size=1025),
             "window_size 1025 is applied by transformers.models.gpt_neo",
         ),
+        (lambda: make_config("doge", keep_window_size=128), "something else unless 2 <= T <= 128"),
         (lambda: AutoConfig.for_model("vit"), "model type 'vit' is not a causal LM that can be built"),
     ],
-    ids=["scaled by column", "a window that nothing checks", "no language model"],
+    ids=["scaled by column", "a window that nothing checks", "keys that long rows leave out", "no language model"],
 )
 def test_what_could_be_wrong_unseen_is_refused(config: Callable[[], PretrainedConfig], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -186,6 +186,12 @@ def test_without_a_reference_and_without_a_self_check(pair: tuple[Path, Path], o
     assert (entry.self_check, entry.layout, bundle.manifest.max_length) == (None, "plain", 100)
 
 
+def test_without_a_self_check_no_prompt_is_shared(pair: tuple[Path, Path], output: Path) -> None:
+    """Nobody has looked whether sharing changes the numbers; one sequence a row is right for every family."""
+    export(str(pair[0]), None, output, options(output, self_check=False))
+    assert open_bundle(output).manifest.models[POLICY].layout == "plain"
+
+
 def test_a_moved_bundle_still_loads(tiny_bundle: Path, tmp_path: Path) -> None:
     moved = copy_checkpoint(tiny_bundle, tmp_path / "moved")
     OnnxRuntimeEngine(moved / "policy.onnx")
@@ -303,6 +309,13 @@ def test_arguments(pair: tuple[Path, Path], output: Path) -> None:
     assert "--max-length 1 leaves no room" in refusal(UsageError, *pair, output, max_length=1)
     message = refusal(UsageError, *pair, output, max_length=257)
     assert message == "--max-length 257: the model has positions for 256 tokens"
+    assert "--base x is what an adapter was trained on" in refusal(UsageError, *pair, output, base="x")
+    for reference in (None, "base"):
+        message = refusal(UsageError, pair[0], reference, output, reference_revision="main")
+        assert message == f"--reference-revision main goes with a Hub id, and --reference is {reference or 'none'}"
+    for positions in (0, 1):
+        reconfigure(pair[1], max_position_embeddings=positions)
+        assert f"has positions for {positions} tokens, which are too few" in refusal(CheckpointError, *pair, output)
     reconfigure(pair[1], max_position_embeddings=64)
     assert "--max-length 65: the model has positions for 64 tokens" in refusal(UsageError, *pair, output, max_length=65)
 

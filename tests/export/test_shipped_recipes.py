@@ -57,7 +57,7 @@ def test_from_export_to_metrics(tiny_pair: tuple[Path, Path], tmp_path: Path, da
         assert "\n" not in str(caught.value)
         return
     metrics = evaluate(bundle, dataset, tmp_path / "run")
-    exact_bundle = export(policy, reference, tmp_path / "exact", ExportOptions(self_check=False))
+    exact_bundle = export(policy, reference, tmp_path / "exact", ExportOptions(self_check=False, layout="shared"))
     exact = evaluate(exact_bundle, dataset, tmp_path / "exact run")
     for key in ("eval_logps/chosen", "eval_logps/rejected"):
         assert abs(metrics[key] - exact[key]) <= OFF[name]

@@ -28,6 +28,8 @@ from dpo_fast.tensorrt.options import RTX_TARGETS, BuildOptions
 from dpo_fast.tensorrt.plans import read_plans
 from dpo_fast.types import LossSettings
 
+from .test_adapters import QUICK, make_adapter
+
 Trace = Callable[..., ir.Model]
 pytestmark = pytest.mark.slow
 RTX = "tensorrt-rtx-fp16"
@@ -174,6 +176,21 @@ def test_a_refit_where_nothing_can_be_built_leaves_no_old_weights(
     assert opened.manifest.models[POLICY].plan is None
     assert not (own / "engines" / RTX / "policy.body.plan").exists()
     assert opened.manifest.models[REFERENCE].plan is not None
+
+
+def test_an_adapters_plans_are_its_bases_too(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a refit leaves them out, the reference has none either."""
+    adapter, newer = (make_adapter(tiny_pair[0], tmp_path / str(seed), seed=seed, **QUICK) for seed in (1, 2))
+    options = ExportOptions(recipe=RTX, build=ONE, max_length=64, self_check=False)
+    bundle = export(str(adapter), "base", tmp_path / "bundle", options)
+    assert plans_of(bundle) == plans_of(bundle, REFERENCE)
+    monkeypatch.setattr(bundle_plans, "why_not_here", lambda package: "there is no builder")
+    refit(bundle, str(newer), options=RefitOptions(self_check=False))
+    opened = open_bundle(bundle)
+    opened.verify()
+    assert [opened.manifest.models[role].plan for role in (POLICY, REFERENCE)] == [None, None]
 
 
 def test_a_mixtures_experts_are_dense_for_tensorrt_alone(tmp_path: Path) -> None:
@@ -335,7 +352,7 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_built(
         "vocabulary_tile = 128\ntoken_budget = 100\nhead_chunk = 256\n",
         encoding="utf-8",
     )
-    options = ExportOptions(recipe=str(recipe), build=ONE, self_check=False, max_length=64)
+    options = ExportOptions(recipe=str(recipe), build=ONE, self_check=False, layout="shared", max_length=64)
     with pytest.raises(UsageError, match=r"may have 128 tokens, .* token_budget is 100; lower --max-length to 50"):
         export(str(tiny_pair[0]), None, tmp_path / "bundle", options)
 
