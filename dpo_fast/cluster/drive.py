@@ -55,7 +55,6 @@ class _Watch:
     Attributes:
         ledger: the handle of its actor.
         crew: see there.
-        say: told of what was done.
         killed: when, by worker.
         refused: workers whose engine cannot be loaded, as was said.
         lost: since when a worker's node is missed.
@@ -64,7 +63,6 @@ class _Watch:
 
     ledger: Any
     crew: Crew
-    say: Callable[[str], None]
     killed: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     lost: dict[str, float] = field(default_factory=dict)
@@ -86,7 +84,7 @@ class _Watch:
                 f"more than {self.crew.patience:g} seconds to load, for which it is killed? Raise --worker-timeout"
             )
         for name in snapshot.refusals.keys() - self.refused:
-            self.say(f"a worker cannot load its engine on {snapshot.refusals[name]}")
+            _say(self.ledger, f"a worker cannot load its engine on {snapshot.refusals[name]}")
             self.refused.add(name)
         now = time.monotonic()
         there = {node.id for node in nodes()} if snapshot.silent else set()
@@ -100,7 +98,7 @@ class _Watch:
         """Give up a worker whose node is lost, if it has had the time to start on another one."""
         since = self.lost.setdefault(worker.worker, now)
         if now - since > GRACE_SECONDS:
-            self.say(f"a node was lost, and the worker that was {worker.what} with it")
+            _say(self.ledger, f"a node was lost, and the worker that was {worker.what} with it")
             self._give_up(worker)
 
     def _kill(self, worker: SilentWorker, now: float) -> None:
@@ -109,7 +107,10 @@ class _Watch:
 
         before = self.killed.get(worker.worker)
         if before is None or now - before > worker.seconds:  # it has been heard of since
-            self.say(f"a worker was silent for {worker.seconds:.0f} seconds, {worker.what}: killed, and started again")
+            _say(
+                self.ledger,
+                f"a worker was silent for {worker.seconds:.0f} seconds, {worker.what}: killed, and started again",
+            )
             self.killed[worker.worker] = now
             ray.kill(worker.handle, no_restart=False)
         elif now - before > self.crew.patience:
@@ -128,7 +129,6 @@ def drive(
     job: Job,
     crew: Crew,
     ledger: Any,
-    say: Callable[[str], None] = lambda line: None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[int, Outcome]:
     """Score all parts of a job.
@@ -136,8 +136,7 @@ def drive(
     Args:
         job: see there.
         crew: see there.
-        ledger: the handle of its actor.
-        say: told of what was worth saying.
+        ledger: the handle of its actor; it is also told of what is worth saying.
         is_cancelled: asked now and then.
 
     Returns:
@@ -151,13 +150,13 @@ def drive(
 
     done: dict[int, Outcome] = {}
     failed: dict[int, Outcome] = {}
-    watch = _Watch(ledger, crew, say)
+    watch = _Watch(ledger, crew)
     for attempt in range(crew.attempts):
         missing = [part for part in job.parts if part not in done]
         if not missing or is_cancelled():
             break
         if attempt:
-            say(f"{len(missing)} parts failed or were lost: handed out again")
+            _say(ledger, f"parts that failed or were lost, and are handed out again: {len(missing)}")
         for outcome in _hand_out(job, crew, ledger, missing, watch, is_cancelled):
             if outcome.reason is None:
                 done[outcome.part] = outcome
@@ -173,6 +172,13 @@ def drive(
         if part not in done and part not in failed:
             failed[part] = Outcome(part, reason="its workers died, hung or were lost each time")
     return done | failed
+
+
+def _say(ledger: Any, line: str) -> None:
+    """Tell the user, wherever that is."""
+    import ray
+
+    ray.get(ledger.say.remote(line))
 
 
 def _hand_out(

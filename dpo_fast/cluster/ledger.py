@@ -78,6 +78,7 @@ class Snapshot:
         silent: those without a sign of life.
         failing_starts: the most often that one worker has started without ever becoming ready.
         refusals: by worker, where its engine cannot be loaded: on which host, and why.
+        said: all that was worth telling the user until now.
     """
 
     pairs: float
@@ -86,6 +87,7 @@ class Snapshot:
     silent: list[SilentWorker]
     failing_starts: int
     refusals: dict[str, str]
+    said: list[str]
 
 
 class Ledger:
@@ -103,6 +105,7 @@ class Ledger:
         self._workers: dict[str, WorkerState] = {}
         self._blamed: Counter[int] = Counter()
         self._ended: dict[tuple[int, int], float] = {}  # pairs by part and stage: one that is ended twice counts once
+        self._said: list[str] = []
 
     def started(self, worker: str, stage: int, host: str, node: str, pid: int, handle: Any) -> None:
         """A worker's actor has started, for the first time or again; what it was at before has taken it down."""
@@ -187,6 +190,10 @@ class Ledger:
             state.pairs.clear()
             state.is_gone = True
 
+    def say(self, line: str) -> None:
+        """Something is worth telling the user, who may be on a machine that is none of the cluster's."""
+        self._said.append(line)
+
     def snapshot(self, patience: float) -> Snapshot:
         """How far the work has come.
 
@@ -208,6 +215,7 @@ class Ledger:
             silent=silent,
             failing_starts=max((state.starts for state in at_work.values() if not state.is_ready), default=0),
             refusals={name: f"{state.host}: {state.refusal[0]}" for name, state in at_work.items() if state.refusal},
+            said=list(self._said),
         )
 
     def _sign(self, worker: str) -> None:

@@ -140,7 +140,7 @@ def score_on_cluster(cluster: Gathered, stop: Stop, progress: Progress, report: 
                 far = ray.remote(num_cpus=0, max_retries=0, resources={HEAD: 0.001})(drive).remote(job, crew, ledger)
                 driving = threads.submit(_answer, far)
             else:
-                driving = threads.submit(drive, job, crew, ledger, report, stopped.is_set)
+                driving = threads.submit(drive, job, crew, ledger, stopped.is_set)
             try:
                 outcomes = _follow(driving, ledger, stop, progress, report, job)
             finally:
@@ -185,11 +185,14 @@ def _follow(
     """
     import ray
 
-    began, is_waiting = time.monotonic(), True
+    began, is_waiting, told = time.monotonic(), True, 0
     while True:
         done, _ = wait([driving], timeout=SHOW_SECONDS)
         snapshot: Snapshot = ray.get(ledger.snapshot.remote(0.0))
         progress.set(snapshot.pairs, snapshot.tokens)
+        for line in snapshot.said[told:]:
+            report(line)
+        told = len(snapshot.said)
         if done:
             return driving.result()
         if stop.signal is not None:

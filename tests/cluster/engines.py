@@ -22,7 +22,8 @@ class SlowEngine(FakeEngine):
 
     Attributes:
         folder: where orders lie: JSON files that one worker takes each, by renaming them. {"do": "slow"}: be ten times
-            slower from now on; {"do": "hang"}: never come back; {"do": "die"}: end the process.
+            slower from now on; {"do": "hang"}: never come back; {"do": "die"}: end the process; {"do": "fail"}: fail
+            this once.
     """
 
     def __init__(self, role: str, folder: Path, seconds: float) -> None:
@@ -44,6 +45,8 @@ class SlowEngine(FakeEngine):
                     time.sleep(3600)
                 case "die":
                     os._exit(1)
+                case "fail":
+                    raise RuntimeError("out of memory")
         return super().score(batch)
 
 

@@ -33,7 +33,7 @@ def test_a_pass_is_over_when_a_stage_has_lost_all_its_workers(
     monkeypatch.setattr(drive, "_pipeline", lambda *_: SimpleNamespace(iter_rows=iter_rows))
     monkeypatch.setattr(drive, "LOOK_SECONDS", 0.01)
     crew = Crew(sizes=[1, 3], resources={}, patience=1.0, attempts=1)
-    watch, asked = GivesUp(None, crew, print), count()
+    watch, asked = GivesUp(None, crew), count()
 
     job: Any = SimpleNamespace()
     outcomes = list(_hand_out(job, crew, None, range(parts), watch, lambda: next(asked) > 500))

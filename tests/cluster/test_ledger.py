@@ -152,3 +152,13 @@ def test_workers_that_were_given_up_are_not_waited_for(ledger: Ledger, clock: Cl
     snapshot = ledger.snapshot(PATIENCE)
 
     assert (snapshot.workers, snapshot.silent, snapshot.pairs) == (0, [], 0.0)
+
+
+def test_what_is_worth_saying_is_kept_in_order(ledger: Ledger) -> None:
+    """Whoever looks at it later is told the rest."""
+    ledger.say("one")
+    before = ledger.snapshot(0.0)
+    ledger.say("two")
+
+    assert before.said == ["one"]
+    assert ledger.snapshot(0.0).said == ["one", "two"]

@@ -10,7 +10,7 @@ from dpo_fast.errors import InputError
 from dpo_fast.evaluate import EvaluateOptions, evaluate
 
 from .compare import files, numbers
-from .engines import open_fake
+from .engines import SlowEngines, open_fake
 from .nodes import Nodes
 
 pytestmark = pytest.mark.slow
@@ -52,12 +52,17 @@ def test_a_driver_that_is_no_node_says_what_is_wrong_in_one_line(
 
 
 def test_a_driver_that_is_no_node(nodes: Nodes, bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
-    """By Ray Client: what hands out the parts runs in the cluster."""
+    """By Ray Client: what hands out the parts runs in the cluster, and what it says is heard here."""
     nodes.restore(3)
+    orders, said = tmp_path / "orders", list[str]()
+    orders.mkdir()
+    (orders / "fail.json").write_text('{"do": "fail"}')
     cluster = ClusterOptions(f"ray://127.0.0.1:{nodes.client_port}", workers=2)
     options = EvaluateOptions(part_size=8, on_error="skip", cluster=cluster)
 
-    evaluate(bundle, dataset, tmp_path / "run", options, engine=open_fake)
+    evaluate(bundle, dataset, tmp_path / "run", options, said.append, engine=SlowEngines(orders))
+
+    assert said[-1] == "parts that failed or were lost, and are handed out again: 1"
 
     assert files(tmp_path / "run") == files(local)
     assert numbers(tmp_path / "run") == numbers(local)
