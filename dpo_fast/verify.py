@@ -30,7 +30,7 @@ from dpo_fast.types import OnError, ReferenceFree
 from dpo_fast.verification.attestation import check_files
 from dpo_fast.verification.bisect import bisect
 from dpo_fast.verification.noise import Floor
-from dpo_fast.verification.original import HALVES, Original
+from dpo_fast.verification.original import HALVES, Original, several_rows
 from dpo_fast.verification.page import write_page
 from dpo_fast.verification.repeats import without_repeats
 from dpo_fast.verification.scoring import score_tokens
@@ -52,7 +52,7 @@ EngineChoice = Literal["recipe", "onnxruntime", "openvino"]
 ByRole = dict[str, tuple[ScoredTokens, ScoredTokens]]  # chosen and rejected
 # The original in two shapes of batches: several rows at a time, and one.
 ORIGINAL, RESHAPED = "original", "original, one row a batch"
-ORIGINAL_BUDGET, ONE_ROW = 1024, 1  # tokens
+ONE_ROW = 1  # token budget
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 
 
@@ -254,8 +254,9 @@ def _score(
         yield
         scored.seconds[what] = scored.seconds.get(what, 0.0) + time.perf_counter() - started
 
-    ways = {ORIGINAL: ("fp32", ORIGINAL_BUDGET), RESHAPED: ("fp32", ONE_ROW)}
-    ways |= {f"original in {half}": (half, ORIGINAL_BUDGET) for half in original.half_precisions(precision)}
+    several = several_rows(table)
+    ways = {ORIGINAL: ("fp32", several), RESHAPED: ("fp32", ONE_ROW)}
+    ways |= {f"original in {half}": (half, several) for half in original.half_precisions(precision)}
     said: dict[str, ByRole] = {what: {} for what in ways}
     compared = roles if options.endpoint is None else [POLICY]  # a server has no reference: the original's is taken
     ways_of = {role: ways if role in compared else {ORIGINAL: ways[ORIGINAL]} for role in roles}

@@ -6,11 +6,22 @@ from dpo_fast.batches import Layout, longest_row
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.torch import TorchEngine
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
-from dpo_fast.token_table import TokenTable
+from dpo_fast.token_table import CHOSEN, PROMPT, TokenTable
 from dpo_fast.verification.scoring import score_tokens
 from dpo_fast.verification.types import ScoredTokens
 
+BUDGET, MOST = 1024, 4096  # tokens of a batch
 HALVES = {"BF16": "bf16", "F16": "fp16"}  # a checkpoint's own precision, by safetensors' names
+
+
+def several_rows(table: TokenTable) -> int:
+    """The token budget of batches of several rows each, beside which rows alone show the noise: `BUDGET`.
+
+    Two of the longest rows have to fit in, or long rows would be alone both times, and their noise nothing; but no more
+    than `MOST` tokens, for memory's sake.
+    """
+    longest = int((table.lengths[:, PROMPT] + table.lengths[:, CHOSEN:].max(axis=1)).max(initial=0))
+    return min(max(BUDGET, 2 * longest), MOST)
 
 
 class Original:
