@@ -35,7 +35,7 @@ def make_run(
         store.write(part, rows, scores, PartRecord({}, (start, start + len(rows)), 0, 0, 512))
     store.finish()
     groups = all(group is not None for group in table.groups)
-    metrics = metrics_of(store, EvaluateOptions(loss=settings))
+    metrics = metrics_of(store.read(), EvaluateOptions(loss=settings))
     metrics["counts"]["skipped"] = 0
     metrics["timing"] = {}
     opened = open_bundle(bundle)
