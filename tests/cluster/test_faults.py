@@ -101,13 +101,11 @@ def lose_a_node(run: Run, chance: random.Random) -> None:
 @pytest.mark.parametrize(
     "faults",
     [
-        (kill_a_worker, kill_a_worker),
         (kill_a_worker, lose_a_node, kill_a_worker),
-        (lose_a_node, kill_a_worker),
-        (stop_a_worker, lose_a_node),
-        (lose_a_node, slow_down),
-        (hang, stop_a_worker),
-        (slow_down, hang),
+        (lose_a_node, kill_a_worker, slow_down),
+        (hang, stop_a_worker, kill_a_worker),
+        (stop_a_worker, lose_a_node, hang),
+        (slow_down, kill_a_worker, lose_a_node),
     ],
     ids=lambda faults: " and ".join(fault.__name__ for fault in faults),
 )
