@@ -23,11 +23,18 @@ TRANSIENT_CLASSES = {
     "aiohttp.client_exceptions.ClientPayloadError",
     "botocore.exceptions.ConnectionError",
     "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.IncompleteReadError",
+    "httpcore.NetworkError",
+    "httpcore.ProtocolError",
+    "httpcore.TimeoutException",
     "httpx.TransportError",
     "httpx2.TransportError",
+    "requests.exceptions.ChunkedEncodingError",
     "requests.exceptions.ConnectionError",
     "requests.exceptions.Timeout",
+    "urllib3.exceptions.IncompleteRead",
     "urllib3.exceptions.ProtocolError",
+    "urllib3.exceptions.TimeoutError",
 }
 PACKAGES = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}  # by protocol: what is needed, and our extra that has it
 

@@ -3,6 +3,8 @@
 import os
 import re
 
+from dpo_fast.errors import DpoFastError
+
 SHOWN_CHARACTERS = 120
 SAID_CHARACTERS = 300  # of another library's message: enough for its reason
 
@@ -23,13 +25,18 @@ def one_line(value: object, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def said_by(error: BaseException, limit: int = SAID_CHARACTERS) -> str:
-    """What another library's error says, for a message of ours: on one line, and without secrets."""
-    return one_line(without_secrets(str(error)), limit)
+    """What another library's error says, for a message of ours: on one line, without secrets; never nothing."""
+    return one_line(without_secrets(str(error)), limit) or type(error).__name__
 
 
 def named_line(error: BaseException) -> str:
     """The same with the error's class first, where what it says alone may say nothing."""
     return one_line(without_secrets(f"{type(error).__name__}: {error}"), SAID_CHARACTERS)
+
+
+def reason_of(error: BaseException) -> str:
+    """What any error says: ours are for people, of others the class may say more than the text."""
+    return str(error) if isinstance(error, DpoFastError) else named_line(error)
 
 
 def without_secrets(text: str) -> str:

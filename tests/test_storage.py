@@ -17,7 +17,10 @@ import aiohttp
 import boto3
 import botocore.exceptions
 import fsspec
+import httpcore
 import pytest
+import requests
+import urllib3
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -316,6 +319,12 @@ NAMES = ("EIO", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "ECONNRESET")
         botocore.exceptions.EndpointConnectionError(endpoint_url="http://nowhere"),
         botocore.exceptions.ReadTimeoutError(endpoint_url="http://nowhere"),
         botocore.exceptions.ResponseStreamingError(error="cut"),
+        botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        requests.exceptions.ChunkedEncodingError(),
+        urllib3.exceptions.IncompleteRead(1, 2),
+        urllib3.exceptions.TimeoutError(),
+        httpcore.RemoteProtocolError(),
+        httpcore.ReadTimeout(),
     ],
     ids=repr,
 )

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpo_fast.text import SAID_CHARACTERS, named_line, one_line, said_by, without_secrets
+from dpo_fast.errors import UsageError
+from dpo_fast.text import SAID_CHARACTERS, named_line, one_line, reason_of, said_by, without_secrets
 
 
 def test_one_line() -> None:
@@ -36,3 +37,12 @@ def test_a_secret_is_taken_out_before_anything_is_cut_off() -> None:
     assert "hid" not in said_by(error)
     assert "hid" not in named_line(error)
     assert named_line(ValueError("no")) == "ValueError: no"
+
+
+def test_an_error_without_a_text_has_a_name() -> None:
+    assert said_by(ConnectionResetError()) == "ConnectionResetError"
+
+
+def test_the_reason_of_any_error() -> None:
+    assert reason_of(UsageError("--limit 0")) == "--limit 0"
+    assert reason_of(ValueError("no")) == "ValueError: no"

@@ -18,13 +18,13 @@ from dpo_fast.bundle import REFERENCE
 from dpo_fast.cluster.in_hand import ScoresInHand
 from dpo_fast.cluster.job import Job, Stage
 from dpo_fast.cluster.outcome import Outcome
-from dpo_fast.errors import DpoFastError, InputError, StorageError
+from dpo_fast.errors import InputError, StorageError
 from dpo_fast.interrupts import Stop
 from dpo_fast.loading import Engines
 from dpo_fast.reference_scores import ReferenceCache, ScoresOfRun
 from dpo_fast.scoring import Account, ReadyPart, Turn, prepare_part, score_part
 from dpo_fast.store import PAIRS
-from dpo_fast.text import named_line
+from dpo_fast.text import reason_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,7 @@ class PartWorker:
             self._open()
         except Exception as error:  # an actor that cannot be made would be made again, without end
             self._refusal = error
-            while not _is_fatal(error) and ray.get(ledger.refuse.remote(self._name, _reason(error))):
+            while not _is_fatal(error) and ray.get(ledger.refuse.remote(self._name, reason_of(error))):
                 time.sleep(SECONDS_BETWEEN_WORDS)
         ray.get(ledger.ready.remote(self._name))
 
@@ -123,7 +123,7 @@ class PartWorker:
                 return token_ids, self._in_hand.hand_over(token_ids, ready.scores.get(REFERENCE))
             self._in_hand.forget(token_ids)
         except Exception as error:
-            outcome.reason, outcome.is_fatal = _reason(error), _is_fatal(error)
+            outcome.reason, outcome.is_fatal = reason_of(error), _is_fatal(error)
         finally:
             self._ledger.end.remote(self._name, part, self._stage.number, pairs)
         return "", b""
@@ -136,11 +136,6 @@ class PartWorker:
         score_part(self._work, turn, ready)
         words.send()
         self._engine_was_left = time.perf_counter()
-
-
-def _reason(error: Exception) -> str:
-    """An error, in a line."""
-    return str(error) if isinstance(error, DpoFastError) else named_line(error)
 
 
 def _is_fatal(error: Exception) -> bool:

@@ -30,7 +30,7 @@ from dpo_fast.files import make_folder, storage_errors
 from dpo_fast.quiet import quiet
 from dpo_fast.recipes import DEFAULT
 from dpo_fast.run_folder import SKIPPED
-from dpo_fast.text import named_line
+from dpo_fast.text import reason_of
 from dpo_fast.training.dpo_trainer import (
     check_trainer,
     find_trainer,
@@ -172,7 +172,9 @@ class DPOFastCallback(TrainerCallback):  # type: ignore[misc]  # Transformers ha
         except Exception as error:  # whatever it was, the training is worth more
             if self._raises:
                 raise
-            logger.warning("step %d was not evaluated; training goes on: %s", trainer.state.global_step, _said(error))
+            logger.warning(
+                "step %d was not evaluated; training goes on: %s", trainer.state.global_step, reason_of(error)
+            )
             trainer.control.should_evaluate = False  # or the same step would be tried again as its epoch ends
             return self._nothing()
         with in_evaluation(trainer.model):
@@ -262,7 +264,7 @@ class DPOFastCallback(TrainerCallback):  # type: ignore[misc]  # Transformers ha
                 result = then(saved)
         except Exception as error:
             failure = error
-        outcome: list[Any] = [result, None if failure is None else _said(failure)]
+        outcome: list[Any] = [result, None if failure is None else reason_of(failure)]
         broadcast_object_list(outcome)  # which does nothing where there is one process
         if failure is not None:
             raise failure
@@ -307,8 +309,3 @@ class DPOFastCallback(TrainerCallback):  # type: ignore[misc]  # Transformers ha
     def _folder(self) -> Path:
         """Where the bundle and the runs lie."""
         return Path(self._trainer.args.output_dir, "dpo_fast") if self._output is None else Path(self._output)
-
-
-def _said(error: Exception) -> str:
-    """What an error says: ours are for people, of others the class may say more than the text."""
-    return str(error) if isinstance(error, DpoFastError) else named_line(error)

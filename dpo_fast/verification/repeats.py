@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo_fast.token_table import TokenTable
+from dpo_fast.token_table import PROMPT, TokenTable
 
 
 def without_repeats(table: TokenTable) -> TokenTable:
@@ -11,9 +11,8 @@ def without_repeats(table: TokenTable) -> TokenTable:
     A pair that is there again is scored again the same, and would make every interval narrower than what is known.
     """
     sizes = table.lengths.sum(axis=1)
-    starts = np.cumsum(sizes) - sizes
     firsts: dict[tuple[bytes, bytes], int] = {}
-    for index, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+    for index, (start, size) in enumerate(zip(table.starts[:, PROMPT].tolist(), sizes.tolist(), strict=True)):
         pieces = table.tokens[start : start + size].tobytes()
         firsts.setdefault((table.lengths[index].tobytes(), pieces), index)
     is_first = np.zeros(len(table), np.bool_)
