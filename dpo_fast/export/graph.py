@@ -23,7 +23,6 @@ import onnx_ir as ir
 import torch
 import transformers
 from accelerate import init_empty_weights
-from onnxscript.optimizer import optimize_ir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
@@ -39,6 +38,7 @@ from dpo_fast.export.experts import DENSE, register
 from dpo_fast.export.gated_layers import Gates, install
 from dpo_fast.export.head import score
 from dpo_fast.export.mixers import SCANS
+from dpo_fast.export.optimisation import optimise
 from dpo_fast.export.positions import (
     ALIBI,
     alibi,
@@ -60,8 +60,6 @@ INPUTS = {
     "target_ids": ["N"],
 }
 
-# Constants up to this many elements are folded into the graph; parameters never are, they have no value here.
-FOLDING_LIMIT = 4096
 # Columns of the rows that are traced: several chunks of the layers that compute in chunks, of up to 256 tokens, because
 # a graph traced of one chunk takes no row of two. The narrow one is for models that have fewer positions.
 WIDTH, NARROW_WIDTH = 600, 24
@@ -132,7 +130,7 @@ def trace(
                     value.const_value = ir.tensor(computed[name].numpy(), name=name)
                 elif value.const_value is not None:
                     value.const_value = ir.tensor(value.const_value.numpy(), name=name)  # an error if it has no values
-            optimize_ir(graph, input_size_limit=FOLDING_LIMIT, output_size_limit=FOLDING_LIMIT)
+            optimise(graph)
         except Exception as error:  # exporters and optimisers fail in as many ways as there are architectures
             raise CheckpointError(
                 f"{type(config).__name__}: this architecture cannot be exported ({_first_line(error)}); "
