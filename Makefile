@@ -11,8 +11,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(VENV)/bin/dpo-fast demo --output demo --overwrite
 
+# One process more than two cores: tests of servers and clusters wait a good part of their time.
 test: lint $(BINDINGS)
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	$(VENV)/bin/python -m pytest --numprocesses 3
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

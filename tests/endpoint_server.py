@@ -48,6 +48,7 @@ def vllm_server(model: Path, api_key: str, log: Path) -> Iterator[str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other tests run beside it
         "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the server's own process: one start instead of two
         "VLLM_CACHE_ROOT": str(log.parent / "vllm_cache"),
         "VLLM_CONFIG_ROOT": str(log.parent / "vllm_config"),
     }

@@ -1,6 +1,7 @@
 """A cluster of several nodes on this machine, and what its workers score."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,9 @@ def local(bundle: Path, dataset: str, tmp_path_factory: pytest.TempPathFactory) 
         patch.setenv("DPO_FAST_CACHE", str(folder / "cache"))
         evaluate(bundle, dataset, folder / "run", EvaluateOptions(part_size=8, on_error="skip"), engine=open_fake)
     return folder / "run"
+
+
+@pytest.fixture
+def known_tokens(local: Path, own_cache: Path) -> None:
+    """The tokens of the rows are in the cache, as after another run: workers need not load a tokenizer."""
+    shutil.copytree(local.parent / "cache" / "tokens", own_cache / "tokens")

@@ -128,6 +128,7 @@ def test_at_random_moments(run: Run, local: Path, faults: Sequence[Callable[[Run
     assert numbers(run.output) == numbers(local)
 
 
+@pytest.mark.usefixtures("known_tokens")
 def test_one_worker_cannot_load_its_engine(run: Run, local: Path) -> None:
     """Failing at once, it would be given most of the parts."""
     evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=NotOnThatNode(run.orders))
@@ -171,6 +172,7 @@ def test_the_driver_is_killed_twice(run: Run, local: Path) -> None:
     assert metrics["provenance"]["this_process"]["scored_pairs"] <= 188 - (there - 1) * 8
 
 
+@pytest.mark.usefixtures("known_tokens")
 @pytest.mark.parametrize("dies", [False, True], ids=["NaN", "its process ends"])
 def test_a_part_that_always_fails(run: Run, bundle: Path, local: Path, dies: bool) -> None:
     """All other parts are done; when the cause is mended, the same command does the rest."""
@@ -192,6 +194,7 @@ def test_a_part_that_always_fails(run: Run, bundle: Path, local: Path, dies: boo
     assert not (run.output / "failed.jsonl").exists()
 
 
+@pytest.mark.usefixtures("known_tokens")
 def test_nothing_works(run: Run, bundle: Path) -> None:
     with pytest.raises(CheckFailedError, match=r"the first \d+ parts all failed: "):
         evaluate(run.bundle, run.dataset, run.output, run.options, engine=BadPart(token_of(bundle, "?"), dies=False))

@@ -29,7 +29,7 @@ from .compare import files, numbers
 from .engines import BadPart, SlowEngines, dies, open_fake, open_policy_alone
 from .nodes import Nodes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("known_tokens")]
 OPTIONS = EvaluateOptions(part_size=8, on_error="skip")
 CLUSTER = replace(OPTIONS, cluster=ClusterOptions("local", workers=2))
 
