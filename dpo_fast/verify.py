@@ -79,7 +79,7 @@ class VerifyOptions:
         reference_free: score by the policy's log-probs alone.
         token_budget: of the engine's batches, in tokens; None takes the recipe's.
         floor, max_multiple, max_accuracy_change, near_tie, max_growth: see `verdict.Tolerance`; None takes what suits
-            the engine's precision.
+            the engine's precision. With the floor "float32" the original is not scored in half precision.
         bisect: whether the layers that drift comes from are looked for.
         threads: of the engine; 0 takes every physical core.
         seed: of the bootstrap.
@@ -256,7 +256,9 @@ def _score(
 
     several = several_rows(table)
     ways = {ORIGINAL: ("fp32", several), RESHAPED: ("fp32", ONE_ROW)}
-    ways |= {f"original in {half}": (half, several) for half in original.half_precisions(precision)}
+    # Who asks for float32's floor does not need the original's rounding, which some checkpoints overflow in.
+    halves = [] if options.floor == "float32" else original.half_precisions(precision)
+    ways |= {f"original in {half}": (half, several) for half in halves}
     said: dict[str, ByRole] = {what: {} for what in ways}
     compared = roles if options.endpoint is None else [POLICY]  # a server has no reference: the original's is taken
     ways_of = {role: ways if role in compared else {ORIGINAL: ways[ORIGINAL]} for role in roles}

@@ -359,6 +359,17 @@ def test_a_verdict_that_is_not_pass_is_refused_unless_the_user_insists(
     assert f"**Verdict: {verdict}**" in hub.repositories[REPO_ID].files()["README.md"].content.decode()
 
 
+def test_limits_that_somebody_chose_are_told(hub: LoopbackHub, bundle: Path, push: Callable[..., Done]) -> None:
+    attest(bundle, tolerance={"floor": "float32", "max_multiple": 100.0, "max_accuracy_change": 0.01})
+    chosen = "max-multiple 100.0 (usually 10.0)"
+    done = push()
+    assert done.code == 0
+    assert f"with limits by choice, and the card says so: {chosen}" in done.stderr
+    card = hub.repositories[REPO_ID].files()["README.md"].content.decode()
+    assert card.count("usually") == 1
+    assert "100.0 (usually 10.0)" in card.replace("\\", "")
+
+
 def test_a_graph_goes_on_request_and_does_not_outlive_its_weights(hub: LoopbackHub, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "with_graphs").folder
     graphs = {"policy.onnx", "policy.fake.onnx", "base/model.safetensors", "engines/fake/policy.safetensors",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_engines import ROWS, write_rows
-from tiny_models import copy_checkpoint
+from tiny_models import copy_checkpoint, make_config, make_model, perturb, save_model, write_recipe
 
 import dpo_fast.verify
 from dpo_fast.batches import Batch, arrange, make_batches
@@ -21,6 +21,7 @@ from dpo_fast.engines.endpoint import ServedTokens
 from dpo_fast.engines.onnxruntime import OnnxRuntimeEngine
 from dpo_fast.engines.torch import TorchEngine
 from dpo_fast.errors import BundleError, CheckpointError, EngineOutputError, UsageError
+from dpo_fast.export.exporter import ExportOptions, export
 from dpo_fast.export.probes import make_probes
 from dpo_fast.token_table import make_table
 from dpo_fast.types import TokenScores
@@ -99,6 +100,7 @@ def test_too_few_pairs_cannot_tell_and_exit_with_3(
     assert command(bundle, dataset, tmp_path / "out") == 3
     said = capsys.readouterr()
     assert "verdict: cannot tell" in said.out
+    assert "limit by choice" not in said.out
     assert "381 pairs like these would settle it" in said.out
     assert said.err.strip().splitlines()[-1].startswith("dpo-fast: verification: cannot tell")
     result = json.loads((tmp_path / "out" / RESULT).read_text(encoding="utf-8"))
@@ -130,6 +132,10 @@ def test_a_pass_exits_with_0_and_is_signed(
     assert {part["name"] for part in result["drift"]["by_subset"]} == {"sky", "sea"}
     assert (bundle / SIGNATURE).is_file()
     assert run(["check-signature", str(bundle), "--public-key", str(public)]) == 0
+    said = capsys.readouterr().out
+    assert "verified: pass, for onnxruntime" in said
+    assert said.endswith("fp32, on pairs.jsonl (5 rows)\nlimit by choice: max-accuracy-change 0.6 (usually 0.01)\n")
+    assert "Limit by choice: max-accuracy-change 0.6" in (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     card = bundle / ATTESTATION
     card.write_text(card.read_text(encoding="utf-8").replace('"pass"', '"pass "', 1), encoding="utf-8")
     assert run(["check-signature", str(bundle), "--public-key", str(public)]) == 2
@@ -139,8 +145,11 @@ def test_a_pass_exits_with_0_and_is_signed(
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_the_exact_graph_can_be_verified_too(bundle: Path, dataset: str, tmp_path: Path, engine: str) -> None:
+def test_the_exact_graph_can_be_verified_too(
+    bundle: Path, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
     assert command(bundle, dataset, tmp_path / "out", "--engine", engine, "--max-accuracy-change", "0.6") == 0
+    assert "limit by choice: max-accuracy-change 0.6 (usually 0.01)" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / RESULT).read_text(encoding="utf-8"))
     assert result["provenance"]["engine"].startswith(engine)
     assert result["provenance"]["precision"] == "fp32"
@@ -168,6 +177,22 @@ def test_it_fails_closed(tiny_bundle: Path, dataset: str, tmp_path: Path, edit: 
     assert ("original" in result["timing"]["scoring_seconds"]) == (edit == "stale")
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert "fail" in page
+
+
+def test_a_checkpoint_that_overflows_in_its_own_precision(dataset: str, tmp_path: Path) -> None:
+    """It is not the engine, which computes in float32, that the message speaks of; and there is a way out."""
+    model = make_model(make_config())
+    model.model.layers[0].mlp.up_proj.weight.data *= 4e3  # the product with the gate goes beyond 65,504
+    policy = save_model(model.half(), tmp_path / "policy")
+    reference = save_model(perturb(model.float()).half(), tmp_path / "reference")
+    bundle = export(str(policy), str(reference), tmp_path / "b", ExportOptions(recipe=str(write_recipe(tmp_path))))
+    message = r"the original policy, computed in fp16: row \d+: .* nan .*; say --floor float32"
+    with pytest.raises(EngineOutputError, match=message):
+        verify(bundle, dataset, tmp_path / "out", WIDE)
+    assert not (tmp_path / "out").exists()
+    result = verify(bundle, dataset, tmp_path / "out", replace(WIDE, floor="float32"))
+    assert result["verdict"] == "pass", result["reasons"]
+    assert result["noise_rounded"] is None
 
 
 def test_a_bias_without_a_flip_fails(tiny_bundle: Path, dataset: str, tmp_path: Path) -> None:

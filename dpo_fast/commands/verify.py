@@ -55,7 +55,10 @@ def verify_command(
     max_length: MaxLength = None,
     floor: Annotated[
         Literal["float32", "checkpoint"] | None,
-        typer.Option(help="What is meant by noise.  [default: by the precision]", show_default=False),
+        typer.Option(
+            help="What is meant by noise; float32 leaves the original's own rounding out.  [default: by the precision]",
+            show_default=False,
+        ),
     ] = None,
     max_multiple: Annotated[
         float | None, typer.Option(help="Noise floors that an error may be.  [default: by the precision]")
@@ -157,9 +160,20 @@ def check_signature_command(
         Path | None, typer.Option(help="The signature's file.  [default: BUNDLE/model.sig]", show_default=False)
     ] = None,
 ) -> None:
-    """Check that a key's owner has signed exactly this bundle's files."""
-    from dpo_fast.bundle import SIGNATURE
+    """Check that a key's owner has signed exactly this bundle's files, and say what was verified of them."""
+    from dpo_fast.bundle import ATTESTATION, SIGNATURE
+    from dpo_fast.text import one_line
+    from dpo_fast.verification.attestation import check_attestation
     from dpo_fast.verification.signing import check_signature
+    from dpo_fast.verification.summary import chosen_limits
 
     check_signature(bundle, public_key, signature or bundle / SIGNATURE)
     typer.echo(f"signed by the owner of {public_key}: every file of {bundle}")
+    if not (bundle / ATTESTATION).exists():
+        typer.echo(f"verified: nothing, for there is no {ATTESTATION}")
+        return
+    attested = check_attestation(bundle)
+    data = f"{one_line(attested.dataset['name'])} ({attested.dataset['rows']} rows)"
+    typer.echo(f"verified: {attested.verdict}, for {one_line(attested.engine)}, {attested.precision}, on {data}")
+    for limit in chosen_limits(attested.tolerance, attested.precision):
+        typer.echo(f"limit by choice: {limit}")

@@ -218,6 +218,10 @@ def _verified(bundle: Bundle, options: PushOptions, warnings: list[str]) -> Veri
         warnings.append(
             f"{bundle.folder}: the verdict of its verification is {verified.verdict!r}, and the card says so"
         )
+    elif verified.limits:
+        warnings.append(
+            f"{bundle.folder}: was verified with limits by choice, and the card says so: {'; '.join(verified.limits)}"
+        )
     return verified
 
 

@@ -10,7 +10,7 @@ from dpo_fast.bundle import ATTESTATION, POLICY, Bundle
 from dpo_fast.errors import BundleError, UsageError
 from dpo_fast.text import one_line
 from dpo_fast.verification.attestation import check_attestation
-from dpo_fast.verification.summary import CheckRow, checks_of
+from dpo_fast.verification.summary import CheckRow, checks_of, chosen_limits
 from dpo_fast.verification.types import Outcome
 
 RESULT = "verify.json"
@@ -24,6 +24,7 @@ class Verified:
         verdict: "pass", "fail" or "cannot tell".
         reasons: a sentence each.
         checks: a row each.
+        limits: those that somebody chose in place of the usual ones; see `chosen_limits`.
         engine: what was held against the original weights, with its version.
         precision: of its matrix products.
         dataset: the name of the pairs' data set.
@@ -33,6 +34,7 @@ class Verified:
     verdict: Outcome
     reasons: tuple[str, ...]
     checks: tuple[CheckRow, ...]
+    limits: tuple[str, ...]
     engine: str
     precision: str
     dataset: str
@@ -108,12 +110,13 @@ def _read(value: Mapping[str, Any], dataset: Any, path: Path) -> Verified:
             verdict=value["verdict"],
             reasons=tuple(one_line(reason, 500) for reason in value["reasons"]),
             checks=tuple(CheckRow(*map(one_line, astuple(check))) for check in checks_of(dict(value))),
+            limits=chosen_limits(value["tolerance"], value["precision"]),
             engine=one_line(value["engine"]),
             precision=one_line(value["precision"]),
             dataset=one_line(dataset["name"]),
             rows=int(dataset["rows"]),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BundleError(
             f"{path}: is damaged ({type(error).__name__}: {one_line(error)}); verify the bundle again"
         ) from error

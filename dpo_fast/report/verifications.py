@@ -8,7 +8,7 @@ from typing import Any
 from dpo_fast.bundle import POLICY
 from dpo_fast.errors import StorageError
 from dpo_fast.text import one_line
-from dpo_fast.verification.summary import CheckRow, checks_of, sizes_of
+from dpo_fast.verification.summary import CheckRow, checks_of, chosen_limits, sizes_of
 
 RESULT = "verify.json"
 
@@ -22,7 +22,7 @@ class ShownVerification:
         reasons: of the verdict.
         foreign: whether it is of another policy than the run's.
         subject: what was compared with what, on which pairs.
-        checks: see `dpo_fast.verification.summary`.
+        checks, limits: see `dpo_fast.verification.summary`.
         sizes: lines of a table of errors; none where the scores could not be compared.
     """
 
@@ -31,6 +31,7 @@ class ShownVerification:
     foreign: bool
     subject: str
     checks: list[CheckRow]
+    limits: tuple[str, ...]
     sizes: list[tuple[str, ...]]
 
 
@@ -57,6 +58,7 @@ def read_verification(folder: Path, metrics: dict[str, Any]) -> ShownVerificatio
                 f"pairs of {one_line(made['dataset']['name'])}."
             ),
             checks=checks_of(result),
+            limits=chosen_limits(result["tolerance"], made["precision"]),
             sizes=[astuple(row) for row in sizes_of(result)],
         )
     except OSError as error:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dpo_fast.batches import Layout, longest_row
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.torch import TorchEngine
+from dpo_fast.errors import EngineOutputError
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
 from dpo_fast.token_table import CHOSEN, PROMPT, TokenTable
 from dpo_fast.verification.scoring import score_tokens
@@ -48,16 +49,25 @@ class Original:
         table: TokenTable,
         watch: Callable[[float, int], None],
     ) -> tuple[ScoredTokens, ScoredTokens]:
-        """Score a table plainly, one sequence a row."""
+        """Score a table plainly, one sequence a row.
+
+        Raises:
+            EngineOutputError: the weights give NaN or an infinity, as some do in half precision.
+        """
         layout: Layout = "plain"
-        return score_tokens(
-            table,
-            self._open(role, precision),
-            layout=layout,
-            token_budget=token_budget,
-            row_limit=longest_row(layout, self._max_length),
-            watch=watch,
-        )
+        engine = self._open(role, precision)
+        try:
+            return score_tokens(
+                table,
+                engine,
+                layout=layout,
+                token_budget=token_budget,
+                row_limit=longest_row(layout, self._max_length),
+                watch=watch,
+            )
+        except EngineOutputError as error:
+            way_out = "" if precision == "fp32" else "; say --floor float32, which leaves its rounding out"
+            raise EngineOutputError(f"the original {role}, computed in {precision}: {error}{way_out}") from error
 
     def release(self) -> None:
         """Let go of the weights."""

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from dpo_fast.files import write_text
-from dpo_fast.verification.summary import checks_of, pairs_of, sizes_of, slices_of
+from dpo_fast.verification.summary import checks_of, chosen_limits, pairs_of, sizes_of, slices_of
 
 SHOWN_FLIPS = 200  # the clearest ones; verify.json has all
 
@@ -25,6 +25,7 @@ def write_page(path: Path, result: dict[str, Any]) -> None:
         result=result,
         pairs=pairs_of(result),
         checks=checks_of(result),
+        limits=chosen_limits(result["tolerance"], result["provenance"]["precision"]),
         sizes=sizes_of(result),
         slices=slices_of(result),
         positions=[] if result["drift"] is None else result["drift"]["by_position"],

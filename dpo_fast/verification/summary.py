@@ -1,7 +1,11 @@
 """What a person is shown of a verification, in the terminal and on the page: rows of text."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from dpo_fast.text import one_line
+from dpo_fast.verification.verdict import default_tolerance
 
 SIGNS = {"pass": "pass", "fail": "FAIL", "cannot tell": "cannot tell"}
 
@@ -40,6 +44,21 @@ class SliceRow:
     flips: int
     accuracy_change: str
     interval: str
+
+
+def chosen_limits(tolerance: Mapping[str, Any], precision: str) -> tuple[str, ...]:
+    """The limits that somebody chose, as "max-multiple 100 (usually 3)": a verdict is worth no more than its limits.
+
+    Args:
+        tolerance: `verdict.Tolerance`, as verify.json and attestation.json have it.
+        precision: what the engine claims to compute in, which decides the usual ones.
+    """
+    usual = asdict(default_tolerance(precision))
+    return tuple(
+        one_line(f"{name.replace('_', '-')} {value} (usually {usual.get(name)})")
+        for name, value in tolerance.items()
+        if value != usual.get(name)
+    )
 
 
 def pairs_of(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from dpo_fast.text import one_line
 from dpo_fast.verification.bisect import describe_layer
-from dpo_fast.verification.summary import checks_of, pairs_of, sizes_of, slices_of
+from dpo_fast.verification.summary import checks_of, chosen_limits, pairs_of, sizes_of, slices_of
 
 STYLES = {"pass": "green", "fail": "bold red", "cannot tell": "yellow"}
 
@@ -27,6 +27,8 @@ def print_verification(result: dict[str, Any], console: Console) -> None:
         f"{pairs_of(result)} of {one_line(provenance['dataset']['name'], 60)}"
     )
     console.print(title, soft_wrap=True)
+    for limit in chosen_limits(result["tolerance"], provenance["precision"]):
+        console.print(Text(f"limit by choice: {limit}"), soft_wrap=True)
     table = Table(header_style="bold")
     for column in ("check", "value", "95 % interval", "limit", "outcome"):
         table.add_column(column, justify="left" if column in ("check", "outcome") else "right")

@@ -46,7 +46,8 @@ def test_a_folder_goes_before_the_attestation_which_must_be_right_all_the_same(b
     "damage",
     [
         {"verdict": "excellent"}, {"verdict": None}, {"checks": [{}]}, {"checks": 3}, {"reasons": None},
-        {"provenance": None}, {"provenance": {"models": {"policy": {}}}}, {"provenance": {"models": []}},
+        {"tolerance": []}, {"provenance": None}, {"provenance": {"models": {"policy": {}}}},
+        {"provenance": {"models": []}},
     ],
 )  # fmt: skip
 def test_a_damaged_verification_is_refused_in_one_line(bundle: Bundle, tmp_path: Path, damage: dict[str, Any]) -> None:
@@ -83,7 +84,7 @@ def test_another_engine_does_not_stand_for_the_bundle_s(bundle: Bundle, tmp_path
 
 def test_hostile_text_in_a_verification_stays_text_on_the_card(bundle: Bundle, tmp_path: Path) -> None:
     value = json.loads(json.dumps(verification_of(bundle.folder, reasons=[HOSTILE])))
-    value["checks"][0]["name"] = HOSTILE
+    value["checks"][0]["name"] = value["tolerance"][HOSTILE] = HOSTILE
     value["provenance"]["engine"] = value["provenance"]["dataset"]["name"] = HOSTILE
     write_json(tmp_path / "verify.json", value)
     attest(bundle.folder)

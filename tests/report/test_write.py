@@ -137,12 +137,14 @@ def test_a_verification_is_shown_and_one_of_other_weights_is_called_so(run: Path
         "verdict": "cannot tell", "reasons": ["too few <pairs>"], "pairs": 5, "drift": None,
         "checks": [{"name": "flips", "value": 0.1, "interval": [0, 0.2], "limit": 0.1, "outcome": "fail",
                     "reason": "of <b>"}],
-        "provenance": provenance | {"original": "torch"},
+        "tolerance": {"floor": "float32", "max_multiple": 100.0},
+        "provenance": provenance | {"original": "torch", "precision": "fp32"},
     }  # fmt: skip
     (tmp_path / "verify.json").write_text(json.dumps(result))
     page = write_report(run, verification=tmp_path).read_text(encoding="utf-8")
     assert "too few &lt;pairs&gt;" in page
     assert "of &lt;b&gt;" in page
+    assert "Limit by choice: max-multiple 100.0 (usually 10.0)" in page
     assert "another policy" not in page
 
     result["provenance"]["models"]["policy"]["weights_and_graph_sha256"] = ["0"]  # type: ignore[index]
