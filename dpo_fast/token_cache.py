@@ -179,10 +179,18 @@ class TokenCache:
         for number in _chunk_numbers(start, stop):
             chunk = self._known(number)
             if chunk is None:
-                self._opening = self._opening or self._maker.submit(self._open_sources)
+                self._begin_to_open()
                 self._making[number] = self._maker.submit(self._make_ahead, number)
             elif self.source.on_error == "stop" and chunk.skipped:
                 self._open(number)
+
+    def open_ahead(self) -> None:
+        """Begin to open data set and tokenizer in the background, if any rows have to be tokenised.
+
+        What goes wrong is raised by whoever reads such rows first.
+        """
+        if any(self._known(number) is None for number in _chunk_numbers(0, self.rows)):
+            self._begin_to_open()
 
     def wait_until_open(self) -> None:
         """Wait for data set and tokenizer, if anything has to be tokenised.
@@ -254,6 +262,10 @@ class TokenCache:
             self._making.pop(number, None)
             damaged = chunk.path
         raise StorageError(f"{damaged}: is not what was just written to it; is the disk sound?")
+
+    def _begin_to_open(self) -> None:
+        """`_open_sources` in the background, unless that has begun."""
+        self._opening = self._opening or self._maker.submit(self._open_sources)
 
     def _open_sources(self) -> "tuple[PreferenceSet, PreTrainedTokenizerBase]":
         """The data set and the tokenizer, opened once."""

@@ -822,6 +822,36 @@ def test_a_set_that_has_changed_since_is_refused(find: Callable[..., TokenSource
     worker.close()
 
 
+def test_a_worker_opens_ahead_what_it_will_need_and_nothing_else(
+    find: Callable[..., TokenSource], tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_rows(tmp_path / "a.jsonl", records())
+    opened: list[str] = []
+    load = token_cache.load_tokenizer
+    monkeypatch.setattr(token_cache, "load_tokenizer", lambda *a, **k: (opened.append("one"), load(*a, **k))[1])
+    worker = TokenCache(sent(find(dataset)))
+    worker.open_ahead()
+    worker.wait_until_open()
+    assert opened == ["one"]
+    assert read(worker) == told(dataset, tokenizer_folder)
+    worker.close()
+    assert opened == ["one"]
+
+    again = TokenCache(sent(find(dataset)))
+    again.open_ahead()
+    assert len(read(again)) == len(told(dataset, tokenizer_folder))
+    again.close()
+    assert opened == ["one"]
+
+    source = sent(find(dataset, max_length=63))
+    write_rows(tmp_path / "a.jsonl", records()[:-1])
+    changed = TokenCache(source)
+    changed.open_ahead()
+    with pytest.raises(DatasetError, match=r"has changed since this run began: start again"):
+        changed.read(0, COUNT)
+    changed.close()
+
+
 def test_a_bad_row_stops_a_worker_as_it_stops_here(
     find: Callable[..., TokenSource], open_set: Open, parquet: str
 ) -> None:

@@ -56,7 +56,7 @@ class _Watch:
         ledger: the handle of its actor.
         crew: see there.
         killed: when, by worker.
-        refused: workers whose engine cannot be loaded, as was said.
+        refused: workers that hold back, as was said.
         lost: since when a worker's node is missed.
         given_up: by stage, how many workers were given up in this pass.
     """
@@ -84,7 +84,7 @@ class _Watch:
                 f"more than {self.crew.patience:g} seconds to load, for which it is killed? Raise --worker-timeout"
             )
         for name in snapshot.refusals.keys() - self.refused:
-            _say(self.ledger, f"a worker cannot load its engine on {snapshot.refusals[name]}")
+            _say(self.ledger, f"a worker holds back on {snapshot.refusals[name]}")
             self.refused.add(name)
         now = time.monotonic()
         there = {node.id for node in nodes()} if snapshot.silent else set()

@@ -78,20 +78,18 @@ class Job:
             return self.engine(bundle, role)
         return open_engine(bundle, role, threads=self.threads)
 
-    def open(self, bundle: Bundle, engine: Engine, references: ScoresInHand) -> Work:
+    def open(self, bundle: Bundle, tokens: TokenCache, engine: Engine, references: ScoresInHand) -> Work:
         """What `dpo_fast.scoring` wants, opened on this machine.
 
         Args:
             bundle: from `open_bundle`.
+            tokens: of `self.tokens`, on this machine.
             engine: that scores first; all roles' have its name and precision.
             references: where reference scores are found and kept.
-
-        Raises:
-            InputError: the tokens cannot be opened here.
         """
         return Work(
             bundle=bundle,
-            tokens=TokenCache(self.tokens),
+            tokens=tokens,
             store=self.store,
             parts=self.parts,
             roles=self.roles,

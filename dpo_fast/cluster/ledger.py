@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 START_SECONDS = 60.0  # within which workers start, if there is room for them
+IN_A_ROW = 3  # parts that a worker fails at while others do not, before it is the worker that is suspected
+LONGEST_PAUSE = 30.0  # seconds, of a worker that fails at one part after another
 
 
 @dataclass(slots=True)
@@ -28,7 +30,8 @@ class WorkerState:
         tokens: that its engine has computed, without padding, for as long as the run goes.
         is_ready: whether its engine is loaded.
         is_gone: whether it was given up.
-        refusal: why its engine cannot be loaded, and since when that is known; or None.
+        failures, failing_since: parts in a row, up to the last one, that it failed at; and when the first one was.
+        refusal: why it had better get no parts, and since when that is known; or None.
     """
 
     stage: int
@@ -43,6 +46,8 @@ class WorkerState:
     tokens: int = 0
     is_ready: bool = False
     is_gone: bool = False
+    failures: int = 0
+    failing_since: float = 0.0
     refusal: tuple[str, float] | None = None
 
 
@@ -77,7 +82,7 @@ class Snapshot:
         workers: that are at work.
         silent: those without a sign of life.
         failing_starts: the most often that one worker has started without ever becoming ready.
-        refusals: by worker, where its engine cannot be loaded: on which host, and why.
+        refusals: by worker that holds back: on which host, and why.
         said: all that was worth telling the user until now.
     """
 
@@ -105,16 +110,22 @@ class Ledger:
         self._workers: dict[str, WorkerState] = {}
         self._blamed: Counter[int] = Counter()
         self._ended: dict[tuple[int, int], float] = {}  # pairs by part and stage: one that is ended twice counts once
+        self._suspected: dict[str, str] = {}  # by node: what a worker there failed with, at one part after another
         self._said: list[str] = []
 
-    def started(self, worker: str, stage: int, host: str, node: str, pid: int, handle: Any) -> None:
-        """A worker's actor has started, for the first time or again; what it was at before has taken it down."""
+    def started(self, worker: str, stage: int, host: str, node: str, pid: int, handle: Any) -> str | None:
+        """A worker's actor has started, for the first time or again; what it was at before has taken it down.
+
+        Returns:
+            Why it had better hold back (see `refuse`), or None: on its node one part after another has failed.
+        """
         before = self._workers.get(worker)
         if before is not None:
             self._blame(before)
         starts = 1 if before is None or before.is_ready else before.starts + 1
         tokens = 0 if before is None else before.tokens
         self._workers[worker] = WorkerState(stage, host, node, pid, handle, starts, self._clock(), tokens=tokens)
+        return self._suspected.get(node)
 
     def ready(self, worker: str) -> None:
         """A worker's engine is loaded."""
@@ -122,19 +133,16 @@ class Ledger:
         self._sign(worker)
 
     def refuse(self, worker: str, reason: str) -> bool:
-        """A worker's engine cannot be loaded.
+        """A worker's engine cannot be loaded, or is not to be trusted.
 
         Returns:
             Whether others of its stage may do the work: then it had better not become ready, for whoever fails at once
             would be given one part after another, and fail at all of them.
         """
         self._sign(worker)
-        state, now = self._workers[worker], self._clock()
-        state.refusal = state.refusal or (reason, now)
-        there = [each for each in self._workers.values() if each.stage == state.stage and not each.is_gone]
-        if any(each.refusal is None for each in there):
-            return True
-        return len(there) < self._sizes[state.stage] and now - state.refusal[1] < START_SECONDS
+        state = self._workers[worker]
+        state.refusal = state.refusal or (reason, self._clock())
+        return self._others_may_work(state, state.refusal[1])
 
     def begin(self, worker: str, part: int) -> str | None:
         """A worker is about to prepare a part.
@@ -176,6 +184,27 @@ class Ledger:
         state.pairs.pop(part, None)
         if pairs:
             self._ended[part, stage] = pairs
+            if state.failures >= IN_A_ROW:  # it has recovered
+                self._suspected.pop(state.node, None)
+            state.failures, state.refusal = 0, None
+
+    def fail(self, worker: str, reason: str) -> float:
+        """A worker has failed at a part, by the part's fault or its own.
+
+        Returns:
+            Seconds for which it had better take no other; 0 unless it has failed at several in a row while others of
+            its stage do not, as on a broken device, which fails faster than others work.
+        """
+        state = self._workers[worker]
+        if not state.failures:
+            state.failing_since = self._clock()
+        state.failures += 1
+        if state.failures < IN_A_ROW or not self._others_may_work(state, state.failing_since):
+            return 0.0
+        if state.node not in self._suspected:
+            self.say(f"a worker on {state.host} fails at one part after another, and is given fewer: {reason}")
+        self._suspected[state.node] = f"the last one failed at one part after another: {reason}"
+        return float(min(2.0 ** (state.failures - IN_A_ROW), LONGEST_PAUSE))
 
     def give_up(self, worker: str) -> None:
         """A worker was killed, and its actor will not start again."""
@@ -221,6 +250,13 @@ class Ledger:
     def _sign(self, worker: str) -> None:
         """Note a sign of life."""
         self._workers[worker].last_sign = self._clock()
+
+    def _others_may_work(self, state: WorkerState, since: float) -> bool:
+        """Whether another of a worker's stage neither holds back nor fails, or may start, some time after `since`."""
+        there = [each for each in self._workers.values() if each.stage == state.stage and not each.is_gone]
+        if any(each.refusal is None and each.failures < IN_A_ROW for each in there if each is not state):
+            return True
+        return len(there) < self._sizes[state.stage] and self._clock() - since < START_SECONDS
 
     def _blame(self, state: WorkerState) -> None:
         """Blame the part that was on the engine; where none was, all that were being prepared."""

@@ -25,6 +25,7 @@ from dpo_fast.reference_scores import ReferenceCache, ScoresOfRun
 from dpo_fast.scoring import Account, ReadyPart, Turn, prepare_part, score_part
 from dpo_fast.store import PAIRS
 from dpo_fast.text import reason_of
+from dpo_fast.token_cache import TokenCache
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,7 +50,7 @@ class PartWorker:
         self._ledger, self._stage, self._job = ledger, stage, job
         self._name, self._host = str(context.get_actor_id()), platform.node()
         said = (self._name, stage.number, self._host, context.get_node_id(), os.getpid(), context.current_actor)
-        ray.get(ledger.started.remote(*said))
+        doubt = ray.get(ledger.started.remote(*said))
         self._on_engine = Lock()
         self._engine_was_left = time.perf_counter()
         self._refusal: Exception | None = None
@@ -57,8 +58,9 @@ class PartWorker:
             self._open()
         except Exception as error:  # an actor that cannot be made would be made again, without end
             self._refusal = error
-            while not _is_fatal(error) and ray.get(ledger.refuse.remote(self._name, reason_of(error))):
-                time.sleep(SECONDS_BETWEEN_WORDS)
+            doubt = None if _is_fatal(error) else f"cannot load its engine: {reason_of(error)}"
+        while doubt is not None and ray.get(ledger.refuse.remote(self._name, doubt)):
+            time.sleep(SECONDS_BETWEEN_WORDS)
         ray.get(ledger.ready.remote(self._name))
 
     def _open(self) -> None:
@@ -66,6 +68,8 @@ class PartWorker:
         job = self._job
         bundle = job.open_bundle()
         bundle.verify()
+        tokens = TokenCache(job.tokens)
+        tokens.open_ahead()  # while the engines are loaded
         self._engines = Engines(bundle, job.open_engine)
         for role in self._stage.to_load:
             self._engines.load(role)
@@ -73,7 +77,7 @@ class PartWorker:
         cache = ReferenceCache()
         known = cache if job.reference_scores is None else ScoresOfRun(job.reference_scores)
         self._in_hand = ScoresInHand(known, cache)
-        self._work = job.open(bundle, engines[0], self._in_hand)
+        self._work = job.open(bundle, tokens, engines[0], self._in_hand)
 
     def __call__(self, rows: "pa.Table") -> "Iterator[pa.Table]":
         """Score the parts of some rows.
@@ -104,7 +108,7 @@ class PartWorker:
 
         part = outcome.part
         outcome.worker, outcome.host = self._name, self._host
-        pairs = 0.0
+        pairs = pause = 0.0
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -124,8 +128,10 @@ class PartWorker:
             self._in_hand.forget(token_ids)
         except Exception as error:
             outcome.reason, outcome.is_fatal = reason_of(error), _is_fatal(error)
+            pause = ray.get(self._ledger.fail.remote(self._name, outcome.reason))
         finally:
             self._ledger.end.remote(self._name, part, self._stage.number, pairs)
+        time.sleep(pause)
         return "", b""
 
     def _score_ready(self, ready: ReadyPart, account: Account) -> None:

@@ -61,10 +61,13 @@ class SlowEngines:
 
 
 class NotOnThatNode:
-    """Opens no engine on the node that is the first to ask for one, as where another process has the GPU's memory."""
+    """Opens no engine on the node that is the first to ask for one, as where another process has the GPU's memory.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Or it `opens`, and fails whatever it is given, as where the GPU is broken.
+    """
+
+    def __init__(self, folder: Path, *, opens: bool = False) -> None:
+        self.folder, self.opens = folder, opens
 
     def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
         import ray
@@ -75,9 +78,18 @@ class NotOnThatNode:
                 file.write(node)
         except FileExistsError:
             time.sleep(0.5)  # it may not be written yet
-        if (self.folder / "node").read_text() == node:
-            raise RuntimeError("out of memory")
-        return SlowEngine(role, self.folder, 0.02)
+        if (self.folder / "node").read_text() != node:
+            return SlowEngine(role, self.folder, 0.02)
+        if self.opens:
+            return BrokenEngine(role)
+        raise RuntimeError("out of memory")
+
+
+class BrokenEngine(FakeEngine):
+    """Fails whatever it is given."""
+
+    def score(self, batch: Batch) -> TokenScores:
+        raise RuntimeError("device lost")
 
 
 def dies(bundle: Bundle, role: str) -> FakeEngine:

@@ -133,8 +133,21 @@ def test_one_worker_cannot_load_its_engine(run: Run, local: Path) -> None:
     """Failing at once, it would be given most of the parts."""
     evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=NotOnThatNode(run.orders))
 
-    assert [line.partition(" on ")[0] for line in run.said[1:]] == ["a worker cannot load its engine"]
-    assert run.said[1].endswith(": RuntimeError: out of memory")
+    assert [line.partition(" on ")[0] for line in run.said[1:]] == ["a worker holds back"]
+    assert run.said[1].endswith(": cannot load its engine: RuntimeError: out of memory")
+    assert files(run.output) == files(local)
+    assert numbers(run.output) == numbers(local)
+
+
+@pytest.mark.usefixtures("known_tokens")
+def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path) -> None:
+    """Failing at once, it would be given most of the parts; and some of them in each of the passes that follow."""
+    engines = NotOnThatNode(run.orders, opens=True)
+    evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=engines)
+
+    assert any("fails at one part after another" in line and line.endswith(": device lost") for line in run.said)
+    [again] = [int(line.rpartition(" ")[2]) for line in run.said if "handed out again" in line]
+    assert again <= 12  # of 24
     assert files(run.output) == files(local)
     assert numbers(run.output) == numbers(local)
 

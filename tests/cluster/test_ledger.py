@@ -144,6 +144,41 @@ def test_who_cannot_load_its_engine_does_not_wait_for_ever_for_others_to_start(c
     assert not ledger.refuse("a", "no memory")
 
 
+def test_who_fails_again_and_again_pauses_and_its_node_is_suspected_as_long_as_others_do_not_fail(clock: Clock) -> None:
+    ledger = Ledger(attempts=2, sizes=[2], clock=clock)
+    for worker in ("a", "b"):
+        assert ledger.started(worker, 0, "host", f"node of {worker}", 1, None) is None
+        ledger.ready(worker)
+    assert [ledger.fail("a", "device lost") for _ in range(9)] == [0, 0, 1, 2, 4, 8, 16, 30, 30]
+    assert ledger.snapshot(PATIENCE).said == [
+        "a worker on host fails at one part after another, and is given fewer: device lost"
+    ]
+    assert ledger.started("c", 0, "host", "node of b", 1, None) is None
+    reason = ledger.started("d", 0, "host", "node of a", 1, None)
+    assert reason == "the last one failed at one part after another: device lost"
+    assert ledger.refuse("d", reason)
+
+    for worker in ("c", "d"):
+        ledger.give_up(worker)
+    assert [ledger.fail("b", "device lost") for _ in range(3)] == [0, 0, 0]  # it may well be the parts
+    assert ledger.fail("a", "device lost") == 0
+    ledger.end("a", 1, 0, 8.0)
+    assert ledger.started("e", 0, "host", "node of a", 1, None) is None  # it has recovered
+
+
+def test_who_fails_before_others_have_started_waits_for_them_but_not_for_ever(clock: Clock) -> None:
+    """It would be through with all parts before others have loaded their engines."""
+    ledger = Ledger(attempts=2, sizes=[2], clock=clock)
+    start(ledger, "a")
+    assert [ledger.fail("a", "device lost") for _ in range(4)] == [0, 0, 1, 2]
+    clock.now = START_SECONDS
+    assert ledger.fail("a", "device lost") == 0
+    ledger.started("b", 0, "host", "node", 1, None)  # it is loading its engine
+    assert ledger.fail("a", "device lost") == 8
+    ledger.refuse("b", "no memory")
+    assert ledger.fail("a", "device lost") == 0
+
+
 def test_workers_that_were_given_up_are_not_waited_for(ledger: Ledger, clock: Clock) -> None:
     ledger.begin("a", 7)
     ledger.give_up_all()
