@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from dpo_fast.cluster.options import ANY, AUTO, LOCAL
@@ -14,6 +14,7 @@ from dpo_fast.errors import CheckFailedError, MissingDependencyError, UsageError
 from dpo_fast.text import named_line, said_by
 
 CLIENT = "ray://"
+CLIENT_TRIES = 3
 ANSWER_SECONDS = 10.0
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 COLLECT = "collect"  # the name of threads that wait for Ray Data
@@ -56,27 +57,52 @@ def connected(address: str) -> Iterator[str | None]:
     except ImportError as error:
         raise MissingDependencyError("ray", "ray", "--cluster") from error
 
-    was_connected = ray.is_initialized()
+    with nullcontext() if ray.is_initialized() else _own_connection(address):
+        try:
+            yield _dashboard()
+        except ray.exceptions.RayTaskError:  # a fault of the program, whose traceback it is
+            raise
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            raise CheckFailedError(
+                f"--cluster {address}: a process that the run cannot do without was lost ({named_line(error)}); is "
+                "there memory for it? What is finished is kept: run the same command again, without --overwrite, to "
+                "go on"
+            ) from error
+
+
+@contextmanager
+def _own_connection(address: str) -> Iterator[None]:
+    """A connection that is ended again, and writes nothing to standard output.
+
+    There, Ray tells of each process that is lost, and has no switch for it. Whatever is lost is repeated, or our own
+    messages say what came of it.
+
+    Raises:
+        UsageError: no cluster answers.
+    """
+    import ray
+
     try:
-        if not was_connected:
-            _connect(address)
+        _connect(address)
     except Exception as error:
         raise UsageError(
-            f"--cluster {address}: no Ray cluster answers ({said_by(error)}); start one with `ray start --head`, or "
+            f"--cluster {address}: no Ray cluster answers ({_reason(error)}); start one with `ray start --head`, or "
             "say --cluster local"
         ) from error
+    worker = ray._private.worker
+    before, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
     try:
-        yield _dashboard()
-    except ray.exceptions.RayTaskError:  # a fault of the program, whose traceback it is
-        raise
-    except (ray.exceptions.RayError, ConnectionError) as error:
-        raise CheckFailedError(
-            f"--cluster {address}: a process that the run cannot do without was lost ({named_line(error)}); is there "
-            "memory for it? What is finished is kept: run the same command again, without --overwrite, to go on"
-        ) from error
+        yield
     finally:
-        if not was_connected:
-            _disconnect()
+        _disconnect()
+        worker.print_to_stdstream = before
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says; where a server of Ray Client sends its traceback, the last line of that."""
+    if isinstance(error, ConnectionAbortedError):
+        return said_by(ConnectionAbortedError(str(error).rstrip().rpartition("\n")[-1]))
+    return said_by(error)
 
 
 def _connect(address: str) -> None:
@@ -93,14 +119,31 @@ def _connect(address: str) -> None:
         host, _, port = address.removeprefix(CLIENT).rpartition(":")
         # Ray itself asks for minutes.
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
-    if address != ANY:
+    if address.startswith(CLIENT):
+        _init_client(address)
+    elif address != ANY:
         _init(address)
-        return
-    try:
-        _init(AUTO)
-    except ConnectionError:
-        ray.shutdown()
-        _init(LOCAL)
+    else:
+        try:
+            _init(AUTO)
+        except ConnectionError:
+            ray.shutdown()
+            _init(LOCAL)
+
+
+def _init_client(address: str) -> None:
+    """Connect by Ray Client: its server forks a process for each client while its threads go on, and some die of that.
+
+    Raises:
+        ConnectionAbortedError: the server answers, but no process that it started came to live.
+    """
+    for tries_left in reversed(range(CLIENT_TRIES)):
+        try:
+            _init(address)
+            break
+        except ConnectionAbortedError:
+            if not tries_left:
+                raise
 
 
 def _init(address: str) -> None:

@@ -4,13 +4,16 @@ One pass hands out what is missing. Ray repeats the parts of a worker that dies;
 is handed out again in the next pass, to new workers, within `attempts`.
 """
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from dpo_fast.cluster.connection import COLLECT, nodes
 from dpo_fast.cluster.job import Job
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 LARGEST_HAND_OUT = 10_000  # pieces of work that Ray Data is given at once; more parts share one
 IN_FLIGHT = 2  # parts of a worker: one on the engine, one being prepared
 LOOK_SECONDS = 0.5  # between two looks at the ledger
+END_SECONDS = 10.0  # for the threads of a pass to end
+JOIN_SECONDS = 0.1  # between two looks at them
 GRACE_SECONDS = 5.0  # for a worker whose node is lost to start on another one
 ALL_FAIL = 8  # parts a worker may fail at, one after another and from the start, before the run is given up
 
@@ -157,16 +162,17 @@ def drive(
             break
         if attempt:
             _say(ledger, f"parts that failed or were lost, and are handed out again: {len(missing)}")
-        for outcome in _hand_out(job, crew, ledger, missing, watch, is_cancelled):
-            if outcome.reason is None:
-                done[outcome.part] = outcome
-                failed.pop(outcome.part, None)
-                continue
-            if outcome.is_fatal:
-                raise InputError(outcome.reason)
-            failed[outcome.part] = outcome
-            if not done and len(failed) >= ALL_FAIL * sum(crew.sizes):
-                raise CheckFailedError(f"the first {len(failed)} parts all failed: {outcome.reason}")
+        with closing(_hand_out(job, crew, ledger, missing, watch, is_cancelled)) as outcomes:
+            for outcome in outcomes:
+                if outcome.reason is None:
+                    done[outcome.part] = outcome
+                    failed.pop(outcome.part, None)
+                    continue
+                if outcome.is_fatal:
+                    raise InputError(outcome.reason)
+                failed[outcome.part] = outcome
+                if not done and len(failed) >= ALL_FAIL * sum(crew.sizes):
+                    raise CheckFailedError(f"the first {len(failed)} parts all failed: {outcome.reason}")
         ray.get(ledger.give_up_all.remote())
     for part in job.parts:
         if part not in done and part not in failed:
@@ -183,7 +189,7 @@ def _say(ledger: Any, line: str) -> None:
 
 def _hand_out(
     job: Job, crew: Crew, ledger: Any, parts: Sequence[int], watch: _Watch, is_cancelled: Callable[[], bool]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Hand out parts once; those that are lost have no outcome."""
     sizes = [min(size, len(parts)) for size in crew.sizes]
     watch.given_up.clear()
@@ -200,29 +206,58 @@ def _hand_out(
         else:
             found.put(None)
 
-    Thread(target=collect, name=COLLECT, daemon=True).start()
+    collecting = Thread(target=collect, name=COLLECT, daemon=True)
+    collecting.start()
     looked = time.monotonic()
-    while not is_cancelled():
-        if time.monotonic() - looked >= LOOK_SECONDS:
-            watch.look()
-            looked = time.monotonic()
-            if any(watch.given_up[stage] >= size for stage, size in enumerate(sizes)):
-                return  # Ray Data starts no others in their place
-        try:
-            item = found.get(timeout=LOOK_SECONDS)
-        except Empty:
-            continue
-        if item is None:
+    try:
+        while not is_cancelled():
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                watch.look()
+                looked = time.monotonic()
+                if any(watch.given_up[stage] >= size for stage, size in enumerate(sizes)):
+                    return  # Ray Data starts no others in their place
+            try:
+                item = found.get(timeout=LOOK_SECONDS)
+            except Empty:
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise CheckFailedError(f"Ray Data stopped: {said_by(item)}") from item
+            yield item
+    finally:
+        _end(rows, collecting)
+
+
+def _end(rows: "ray.data.Dataset", collecting: Thread) -> None:
+    """End what Ray Data is at, and wait for its threads, but not for ever: a cluster may be lost, and silent.
+
+    A thread that asks something of a connection as it ends has Ray end the whole process, without a word and with exit
+    code 1 (`CoreWorkerProcess::GetCoreWorker` in src/ray/core_worker/core_worker_process.cc).
+    """
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    end = time.monotonic() + END_SECONDS
+    while time.monotonic() < end:
+        # Who collects may be about to start an executor, so both are looked for until neither is left.
+        executors = [
+            thread
+            for thread in threading.enumerate()
+            if isinstance(thread, StreamingExecutor) and f"-{rows.name}_" in thread.name
+        ]
+        if not executors and not collecting.is_alive():
             return
-        if isinstance(item, BaseException):
-            raise CheckFailedError(f"Ray Data stopped: {said_by(item)}") from item
-        yield item
+        for executor in executors:
+            with suppress(Exception):  # of a cluster that is gone
+                executor.shutdown(force=False)  # by force, it waits without an end for what is lost
+        for thread in (*executors, collecting):
+            thread.join(JOIN_SECONDS)
 
 
 def _pipeline(
     job: Job, sizes: Sequence[int], resources: Mapping[str, float], ledger: Any, parts: Iterable[int]
 ) -> "ray.data.Dataset":
-    """Parts as a data set, mapped by each stage's workers."""
+    """Parts as a data set of a name of its own, mapped by each stage's workers."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -244,4 +279,5 @@ def _pipeline(
             ),
             **ray_options(resources),
         )
+    data.set_name(f"parts-{uuid4().hex}")
     return data

@@ -239,10 +239,14 @@ def test_a_cluster_that_is_started_for_a_run(tiny_bundle: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_ends_the_connection(bundle: Path, dataset: str, local: Path, tmp_path: Path) -> None:
-    """In a process of its own: what still runs there connects to no other cluster, nor disturbs the next run."""
+    """In a process of its own: nothing is left there that asks Ray as the connection ends, which ends the process.
+
+    Nor does it connect to another cluster, or disturb the next run. In that, a worker dies, of which Ray would tell on
+    standard output.
+    """
     (tmp_path / "orders").mkdir()
     code = (
-        "import os, signal, sys, time\n"
+        "import os, ray, signal, sys, threading, time\n"
         "from pathlib import Path\n"
         "from cluster.engines import SlowEngines\n"
         "from dpo_fast.cluster.options import ClusterOptions\n"
@@ -251,12 +255,16 @@ def test_ctrl_c_ends_the_connection(bundle: Path, dataset: str, local: Path, tmp
         "bundle, dataset, output, orders = sys.argv[1:]\n"
         "options = EvaluateOptions(part_size=8, on_error='skip', cluster=ClusterOptions('local', workers=1))\n"
         "stop = lambda line: os.kill(os.getpid(), signal.SIGINT)\n"
+        "left = lambda: [thread.name for thread in threading.enumerate() if thread.name.startswith(('Str', 'coll'))]\n"
+        "end = ray.shutdown\n"
+        "ray.shutdown = lambda: (print(left()), end())\n"
         "try:\n"
         "    evaluate(Path(bundle), dataset, Path(output), options, stop, engine=SlowEngines(Path(orders)))\n"
         "except InterruptedRunError as error:\n"
         "    print(error)\n"
         "time.sleep(3)\n"  # a second is enough for those threads to look again
-        "import ray; print(ray.is_initialized())\n"
+        "print(ray.is_initialized())\n"
+        "(Path(orders) / 'die.json').write_text('{\"do\": \"die\"}')\n"
         "evaluate(Path(bundle), dataset, Path(output), options, engine=SlowEngines(Path(orders)))\n"
     )
     places = [bundle, dataset, tmp_path / "run", tmp_path / "orders"]
@@ -268,9 +276,11 @@ def test_ctrl_c_ends_the_connection(bundle: Path, dataset: str, local: Path, tmp
     )  # fmt: skip
 
     assert (done.returncode, done.stderr) == (0, "")
-    said, is_connected = done.stdout.splitlines()
+    left, said, is_connected, left_by_another = done.stdout.splitlines()
+    assert (left, left_by_another) == ("[]", "[]")
     assert said.startswith("SIGINT: stopped with ")
     assert is_connected == "False"
+    assert not (tmp_path / "orders" / "die.json").exists()
     assert files(tmp_path / "run") == files(local)
 
 
