@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from traces import Traces
@@ -19,6 +20,9 @@ os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")  # whoever is imported 
 if "DPO_FAST_TEST_TRACES" not in os.environ:  # pytest's other processes find it set
     os.environ["DPO_FAST_TEST_TRACES"] = tempfile.mkdtemp(prefix="dpo-fast-traces-")
     atexit.register(shutil.rmtree, os.environ["DPO_FAST_TEST_TRACES"], ignore_errors=True)
+# A busy machine is no failure: a test's example may take its time, and so may making it up.
+settings.register_profile("dpo_fast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dpo_fast")
 gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the million, and keeps most of them
 
 

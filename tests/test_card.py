@@ -317,7 +317,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from([*METRIC_LABELS, "counts", "intervals", "groups", "provenance", "timing"])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.dictionaries(KEYS, JSON), st.dictionaries(st.sampled_from(["dataset", "settings", "engine"]), JSON))
 def test_whatever_the_metrics_hold_the_card_is_one(metrics: dict[str, Any], provenance: dict[str, Any]) -> None:
     """Missing keys, other types, NaN, any text: a valid card all the same, that never says None, and writes back."""

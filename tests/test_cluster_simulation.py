@@ -250,7 +250,7 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(PARAMETERS, st.integers(1, 400), st.integers(1, 9), st.integers(0, 3))
 def test_each_part_is_written_once(values: dict[str, float], pairs: int, workers: int, seed: int) -> None:
     parameters = change(FREE, values)
@@ -264,7 +264,7 @@ def test_each_part_is_written_once(values: dict[str, float], pairs: int, workers
     assert again.times_begun == outcome.times_begun
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(PARAMETERS, st.integers(1, 400), st.integers(1, 9))
 def test_more_workers_that_cost_nothing_to_start_are_never_slower(
     values: dict[str, float], pairs: int, workers: int

@@ -119,7 +119,7 @@ def test_one_seed_makes_one_data_set(tmp_path: Path) -> None:
 
 
 @given(train_pairs=st.integers(0, 300), held_out_pairs=st.integers(0, 100), seed=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_count_is_made_and_divided_evenly(train_pairs: int, held_out_pairs: int, seed: int) -> None:
     for rows, count in zip(make_pairs(train_pairs, held_out_pairs, seed), (train_pairs, held_out_pairs), strict=True):
         assert len(rows) == count

@@ -212,7 +212,6 @@ short_text = st.text(alphabet="ab \n", min_size=1, max_size=8)
 
 
 @given(st.lists(st.tuples(st.text(alphabet="ab \n", max_size=6), short_text, short_text), min_size=1, max_size=20))
-@settings(deadline=None)
 def test_implicit_prompts_are_trls(rows: list[tuple[str, str, str]]) -> None:
     """Equal to TRL's wherever the two begin alike; refused where TRL finds no prompt or looks behind the end."""
     records = [{"chosen": prompt + chosen, "rejected": prompt + rejected} for prompt, chosen, rejected in rows]
@@ -485,7 +484,7 @@ def assert_slices(preferences: PreferenceSet) -> None:
 
 
 @given(st.one_of(st.lists(TEXT_ROW, min_size=1, max_size=6), st.lists(MESSAGES_ROW, min_size=1, max_size=6)))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_some_rows_are_a_slice_of_all(records: list[dict[str, Any]]) -> None:
     """Of text and of conversations, some of which cannot be used: an empty prompt, a message without content."""
     assert_slices(in_memory(*records))

@@ -50,7 +50,7 @@ def assert_same(found: ScoredPairs | None, wanted: ScoredPairs) -> None:
 # The cache.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.one_of(pairs_alike(), st.just([])))
 def test_what_was_kept_is_found(tmp_path_factory: pytest.TempPathFactory, pairs: list[TokenizedPair]) -> None:
     folder = tmp_path_factory.mktemp("cache")
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_not_found(tmp_path: Path) -> None:
     assert cache.find(0, TOKEN_IDS, MODEL) is None
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(position=st.integers(0, 10**6), bits=st.integers(1, 255))
 def test_any_byte_that_changes_is_found(tmp_path: Path, position: int, bits: int) -> None:
     cache = ReferenceCache(tmp_path)

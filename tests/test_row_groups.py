@@ -130,7 +130,7 @@ def sets_of_files(draw: st.DrawFn) -> list[bytes]:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(files=sets_of_files(), decoded=st.integers(1, 5), data=st.data())
 def test_rows_are_the_librarys(
     files: list[bytes], decoded: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -388,7 +388,7 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path: Path, group: int) -> No
 SOUND = parquet(rows(0, 40), row_group_size=16, write_page_checksum=True, compression="none", use_dictionary=False)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(position=st.integers(0, len(SOUND) - 1), bits=st.integers(1, 255), cut=st.booleans())
 def test_a_damaged_file_is_named(tmp_path: Path, position: int, bits: int, cut: bool) -> None:
     """Whatever byte changes, and wherever the file ends: rows, or one line with its name."""
@@ -610,7 +610,7 @@ def flaky(memory: MemoryFileSystem) -> Iterator[str]:
     Flaky.faults = []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(faults=st.lists(st.sampled_from([opening, broken, busy, short, well, well, well]), max_size=30))
 def test_reads_that_fail_are_tried_again(flaky: str, faults: list[Callable[[bytes], bytes]]) -> None:
     """All rows, or one line: whether it fails for good is whether it fails five times on end."""

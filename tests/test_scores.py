@@ -201,7 +201,9 @@ def engines(tiny_bundle: Path) -> dict[str, Engine]:
     return {role: open_engine(bundle, role) for role in (POLICY, REFERENCE)}
 
 
-few_examples = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few_examples = settings(
+    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def assert_same(one: ScoredPairs, other: ScoredPairs) -> None:

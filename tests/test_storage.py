@@ -406,7 +406,7 @@ FAULTS = st.dictionaries(st.integers(0, 25), st.sampled_from(["before", "after",
 
 
 @pytest.mark.parametrize("one_request", [False, True])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(faults=FAULTS, sizes=st.lists(st.integers(0, 50), min_size=1, max_size=4))
 def test_whatever_fails_a_file_is_whole(one_request: bool, faults: dict[int, str], sizes: list[int]) -> None:
     """A write that is told as done is done, one that is told as failed left the old or the new; never a half.

@@ -180,7 +180,7 @@ TOKENS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4)
 ANY_PAIR = st.builds(make_pair, TOKENS, TOKENS, TOKENS, st.integers(1, 9), st.text(max_size=3))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.one_of(st.lists(ANY_PAIR, min_size=1), pairs_alike()), st.data())
 def test_parts_are_read_one_after_another(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[TokenizedPair], data: st.DataObject
@@ -371,7 +371,7 @@ def damaged(tmp_path: Path, written: dict[str, bytes]) -> Callable[[str, bytes],
     return put
 
 
-each_byte = settings(max_examples=300, deadline=None)
+each_byte = settings(max_examples=300)
 
 
 @each_byte
@@ -716,7 +716,7 @@ def do(store: ScoreStore, step: tuple[int, int] | None, versions: dict[int, byte
     store.storage.write(part_name(part), versions[version])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.lists(st.tuples(STEPS, st.integers(0, 30)), max_size=4), STEPS)
 def test_killed_at_any_moment_any_number_of_times(
     versions: dict[int, bytes],
@@ -755,7 +755,7 @@ def test_killed_at_any_moment_any_number_of_times(
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.frozensets(st.integers(1, 40), max_size=10), st.booleans())
 def test_half_a_file_that_is_read_now_and_then_costs_nothing(
     versions: dict[int, bytes], halves: frozenset[int], finished: bool

@@ -534,7 +534,7 @@ def test_a_damaged_chunk_is_made_again(
     assert chunks() == sound
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(position=st.integers(0, 10**6), bits=st.integers(1, 255))
 def test_any_byte_that_changes_is_found(open_set: Open, dataset: str, position: int, bits: int) -> None:
     wanted = read(open_set(dataset), 0, 4)
@@ -549,7 +549,7 @@ def test_any_byte_that_changes_is_found(open_set: Open, dataset: str, position: 
     assert chunks() == sound
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(position=st.integers(0, 10**6), bits=st.integers(1, 255))
 def test_any_byte_that_changes_of_what_the_set_is_is_found(
     open_set: Open, dataset: str, position: int, bits: int

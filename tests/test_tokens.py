@@ -192,14 +192,14 @@ some_text = st.one_of(any_text, wordlike.map("".join))
 
 @pytest.mark.parametrize("name", TEXT_TOKENIZERS)
 @given(rows=st.lists(st.tuples(some_text, some_text, some_text), min_size=1, max_size=8), length=st.integers(2, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_random_text(name: str, rows: list[tuple[str, str, str]], length: int) -> None:
     records = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
     assert_as_trl(in_memory(records), TEXT_TOKENIZERS[name](), length)
 
 
 @given(rows=st.lists(st.tuples(some_text, some_text, some_text), min_size=1, max_size=8))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_random_conversations(rows: list[tuple[str, str, str]]) -> None:
     records = [
         {"prompt": [user(prompt)], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}

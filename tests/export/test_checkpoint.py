@@ -199,7 +199,7 @@ def test_a_header_size_beyond_all_bounds(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(1, 2000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_file_cut_in_the_data_names_the_tensor(tiny_pair: tuple[Path, Path], cut: int) -> None:
     tensors = read_tensors(tiny_pair[0])
     size = (tiny_pair[0] / WEIGHTS).stat().st_size

@@ -22,7 +22,7 @@ from .test_weights import WEIGHTS
 
 Trace = Callable[..., ir.Model]
 # Each example exports; the fixtures are read only.
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 ANYTHING = st.recursive(

@@ -144,7 +144,9 @@ def test_bootstrap_shares_the_draws_between_columns():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@run_with(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture holds for all
+@run_with(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)  # the fixture holds for all
 @given(pairs=st.integers(1, 60), quantities=st.integers(1, 5), seed=st.integers(0, 1000), threads=st.integers(1, 4))
 def test_bootstrap_does_not_depend_on_the_number_of_threads(pairs, quantities, seed, threads):
     values = np.random.default_rng(seed).normal(size=(pairs, quantities))
@@ -159,7 +161,7 @@ def test_bootstrap_is_deterministic_for_a_seed():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@run_with(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@run_with(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     values=arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 3)), elements=st.floats(-1e6, 1e6)),
     seed=st.integers(0, 1000),
@@ -173,7 +175,7 @@ def test_bootstrap_intervals_are_ordered_and_within_the_values(values, seed):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@run_with(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@run_with(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=st.floats(-1e6, 1e6), pairs=st.integers(1, 40))
 def test_bootstrap_of_a_constant_has_no_width(value, pairs):
     bounds = intervals(np.full((pairs, 2), value), resamples=40)

@@ -94,7 +94,7 @@ def test_trl_aggregate_by_hand():
     assert metrics["eval_loss"] == pytest.approx(exact["eval_loss"], rel=1e-14)
 
 
-@run_with(deadline=None, max_examples=40)  # a busy machine is no failure
+@run_with(max_examples=40)  # a busy machine is no failure
 @given(seed=seeds, pairs=sizes, loss=losses, batch_size=sizes)
 def test_trl_aggregate_is_the_mean_over_a_loop_of_batches(seed, pairs, loss, batch_size):
     """All full batches are computed at once; one by one, each by itself, they give the same."""
@@ -168,7 +168,6 @@ def test_reference_free_is_a_reference_that_scores_zero(kind, loss):
         assert metrics == metrics_of(zero, settings(loss))
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(seed=seeds, pairs=sizes)
 def test_swapping_the_completions_negates_the_margin(seed, pairs):
     scores = random_scores(seed, pairs)
@@ -188,14 +187,12 @@ def test_swapping_the_completions_negates_the_margin(seed, pairs):
     assert other["eval_rewards/accuracies"] == pytest.approx(expected, abs=1e-12)
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(seed=seeds, pairs=sizes, loss=losses, batch_size=sizes)
 def test_exact_metrics_do_not_depend_on_batch_size(seed, pairs, loss, batch_size):
     scores = random_scores(seed, pairs)
     assert metrics_of(scores, settings(loss), batch_size=batch_size) == metrics_of(scores, settings(loss))
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(seed=seeds, pairs=sizes, loss=losses, data=st.data())
 def test_exact_metrics_do_not_depend_on_the_order_of_pairs(seed, pairs, loss, data):
     scores = random_scores(seed, pairs)
@@ -206,7 +203,6 @@ def test_exact_metrics_do_not_depend_on_the_order_of_pairs(seed, pairs, loss, da
     assert other["counts"] == one["counts"]
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(seed=seeds, pairs=sizes, extra=st.integers(0, 5), loss=losses)
 def test_one_batch_of_trl_is_exact(seed, pairs, extra, loss):
     scores = random_scores(seed, pairs)
@@ -214,7 +210,6 @@ def test_one_batch_of_trl_is_exact(seed, pairs, extra, loss):
     assert trl == metrics_of(scores, settings(loss))
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(seed=seeds, pairs=sizes, loss=losses, aggregate=st.sampled_from(["exact", "trl"]))
 def test_the_result_is_json_without_nan(seed, pairs, loss, aggregate):
     """Whatever is scored, rows without a scored token included."""

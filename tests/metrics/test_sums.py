@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from dpo_fast.errors import EngineOutputError
@@ -42,7 +41,6 @@ def test_tokens_are_summed_in_float64():
     assert sums.squares.tolist() == [[2.0**48 + 2, 0.0]]
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(lengths=st.lists(st.integers(0, 6), max_size=12), seed=st.integers(0, 1000))
 def test_segment_sums_equals_a_loop(lengths, seed):
     values = np.random.default_rng(seed).normal(size=sum(lengths)).astype(np.float32)
@@ -52,7 +50,6 @@ def test_segment_sums_equals_a_loop(lengths, seed):
     assert segment_sums(values, np.array(lengths, dtype=np.int64)) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@run_with(deadline=None)  # a busy machine is no failure
 @given(seed=st.integers(0, 1000), pairs=st.integers(1, 12), size=st.integers(1, 13), reference=st.booleans())
 def test_sums_are_the_same_whatever_the_parts(seed, pairs, size, reference):
     scores = random_scores(seed, pairs, groups=2)

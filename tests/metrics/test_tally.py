@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_fast.metrics import tally
@@ -79,7 +79,6 @@ def test_sums_are_kept_only_where_they_must_be(monkeypatch):
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60))
-@settings(deadline=None)
 def test_lengths_from_counts(lengths):
     found = length_statistics(np.bincount(lengths))
     assert found["mean"] == pytest.approx(np.mean(lengths), rel=1e-15)

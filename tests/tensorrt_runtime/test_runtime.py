@@ -67,7 +67,7 @@ BATCHES = st.builds(
 # -- numbers
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_every_batch_scores_as_uncut(loaded, data):
     """All shapes, splits, paddings and chunks, with buffers that earlier batches have left, two under way."""
