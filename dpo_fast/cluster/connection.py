@@ -86,7 +86,7 @@ def _own_connection(address: str) -> Iterator[None]:
         _connect(address)
     except Exception as error:
         raise UsageError(
-            f"--cluster {address}: no Ray cluster answers ({_reason(error)}); start one with `ray start --head`, or "
+            f"--cluster {address}: no Ray cluster answers ({said_by(error)}); start one with `ray start --head`, or "
             "say --cluster local"
         ) from error
     worker = ray._private.worker
@@ -96,13 +96,6 @@ def _own_connection(address: str) -> Iterator[None]:
     finally:
         _disconnect()
         worker.print_to_stdstream = before
-
-
-def _reason(error: Exception) -> str:
-    """What Ray says; where a server of Ray Client sends its traceback, the last line of that."""
-    if isinstance(error, ConnectionAbortedError):
-        return said_by(ConnectionAbortedError(str(error).rstrip().rpartition("\n")[-1]))
-    return said_by(error)
 
 
 def _connect(address: str) -> None:
@@ -135,15 +128,15 @@ def _init_client(address: str) -> None:
     """Connect by Ray Client: its server forks a process for each client while its threads go on, and some die of that.
 
     Raises:
-        ConnectionAbortedError: the server answers, but no process that it started came to live.
+        ConnectionError: the server answers, but no process that it started came to live.
     """
     for tries_left in reversed(range(CLIENT_TRIES)):
         try:
             _init(address)
             break
-        except ConnectionAbortedError:
-            if not tries_left:
-                raise
+        except ConnectionAbortedError as error:
+            if not tries_left:  # of the server's traceback, which it sends whole, the last line is the reason
+                raise ConnectionError(str(error).rstrip().rpartition("\n")[-1]) from error
 
 
 def _init(address: str) -> None:
@@ -167,7 +160,7 @@ def _init(address: str) -> None:
 
 
 def _disconnect() -> None:
-    """End the connection, and what still waits for parts that nobody wants any more.
+    """End the connection, and what still waits for Ray Data, where a pass could not end that in time.
 
     Ray's functions connect by themselves where there is no connection, to whatever cluster there is; not these.
     """

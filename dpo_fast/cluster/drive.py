@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -206,7 +205,7 @@ def _hand_out(
         else:
             found.put(None)
 
-    collecting = Thread(target=collect, name=COLLECT, daemon=True)
+    collecting = threading.Thread(target=collect, name=COLLECT, daemon=True)
     collecting.start()
     looked = time.monotonic()
     try:
@@ -229,7 +228,7 @@ def _hand_out(
         _end(rows, collecting)
 
 
-def _end(rows: "ray.data.Dataset", collecting: Thread) -> None:
+def _end(rows: "ray.data.Dataset", collecting: threading.Thread) -> None:
     """End what Ray Data is at, and wait for its threads, but not for ever: a cluster may be lost, and silent.
 
     A thread that asks something of a connection as it ends has Ray end the whole process, without a word and with exit
