@@ -4,12 +4,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
@@ -218,6 +222,46 @@ def test_a_processor_without_bfloat16(graph: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="is to run in bf16, and OpenVINO finds no bfloat16 arithmetic"):
         OpenVinoEngine(graph)
     assert "states in float32" in OpenVinoEngine(graph, precision="int8").name
+
+
+def test_threads_share_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the engines of policy and reference are the first things of OpenVINO's in a process."""
+    made = []
+
+    @cache
+    def open_slowly() -> object:
+        time.sleep(0.1)
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(dpo_fast.engines.openvino, "_open_once", open_slowly)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(lambda _: open_core(), range(4))) == set(made)
+    assert len(made) == 1
+
+
+def test_one_engine_at_a_time_compiles_or_scores(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = 0, []
+
+    def count(one: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object, **options: object) -> object:
+            nonlocal inside
+            inside += 1
+            most.append(inside)
+            try:
+                time.sleep(0.02)
+                return one(*arguments, **options)
+            finally:
+                inside -= 1
+
+        return counted
+
+    monkeypatch.setattr(openvino.Core, "compile_model", count(openvino.Core.compile_model))
+    monkeypatch.setattr(openvino.InferRequest, "infer", count(openvino.InferRequest.infer))
+    batch = batches(PAIRS[:2], "shared", 100)[0]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda _: OpenVinoEngine(graph, threads=1).score(batch), range(3)))
+    assert most == [1] * 3 * 4  # a body and a head of three engines are compiled, and computed
 
 
 def test_a_failure_while_scoring_is_one_line(graph: Path) -> None:

@@ -1,6 +1,7 @@
 """OpenVINO on the CPU: the exact graph with its products in bfloat16, or a graph with int8 weights."""
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
@@ -21,9 +22,20 @@ if TYPE_CHECKING:
 TARGETS = ("target_index", "target_ids")  # the inputs that say which states get logits, and of which tokens
 
 
+# Held while OpenVINO compiles or computes. Either takes all cores by itself, so two at a time gain nothing, and its
+# plugin had races between threads that compile (openvinotoolkit/openvino, pull requests 17164 and 17184).
+ONE_AT_A_TIME = threading.RLock()
+
+
 @cache
+def _open_once() -> "openvino.Core":
+    import openvino
+
+    return openvino.Core()
+
+
 def open_core() -> "openvino.Core":
-    """OpenVINO's core, one for the whole process.
+    """OpenVINO's core, one for the whole process, whichever threads ask for it.
 
     Each core's CPU plugin gives the thread that loads it another stack to handle signals on, and remembers the one
     before. Of two plugins, the one that is unloaded last puts back the other's, which is freed by then: the next
@@ -32,9 +44,8 @@ def open_core() -> "openvino.Core":
     Raises:
         ImportError: openvino is not installed.
     """
-    import openvino
-
-    return openvino.Core()
+    with ONE_AT_A_TIME:  # threads that find no core would each make one
+        return _open_once()
 
 
 class OpenVinoEngine:
@@ -75,19 +86,20 @@ class OpenVinoEngine:
                 "run in float32; use a recipe such as cpu-int8 or cpu-fp32"
             )
         body_precision = "bf16" if precision != "fp32" and in_bfloat16 else "f32"
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         try:
-            model = core.read_model(graph)
-            self._outputs = [output.get_any_name() for output in model.outputs]
-            self._check_contract(graph, model, gates)
-            find_largest_by_comparing(model)
-            body, head = split_head(model)
-            self._body_inputs = [node.get_friendly_name() for node in body.get_parameters()]
-            self._head_inputs = [node.get_friendly_name() for node in head.get_parameters()[len(body.outputs) :]]
-            options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-            self._body, self._head = (
-                core.compile_model(part, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
-                for part, hint in ((body, body_precision), (head, "f32"))
-            )
+            with ONE_AT_A_TIME:
+                model = core.read_model(graph)
+                self._outputs = [output.get_any_name() for output in model.outputs]
+                self._check_contract(graph, model, gates)
+                find_largest_by_comparing(model)
+                body, head = split_head(model)
+                self._body_inputs = [node.get_friendly_name() for node in body.get_parameters()]
+                self._head_inputs = [node.get_friendly_name() for node in head.get_parameters()[len(body.outputs) :]]
+                self._body, self._head = (
+                    core.compile_model(part, "CPU", options | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
+                    for part, hint in ((body, body_precision), (head, "f32"))
+                )
         except RuntimeError as error:
             raise BundleError(
                 f"{graph}: OpenVINO cannot load it ({said_by(error)}); export the bundle again"
@@ -110,7 +122,7 @@ class OpenVinoEngine:
     def with_gates(self, gates: Sequence[float] | Sequence[Sequence[float]]) -> "OpenVinoEngine":
         """The same compiled graph with other adapters turned on; several lists of gates are taken by the rows in turn.
 
-        The two share OpenVINO's buffers: neither may score while the other does.
+        The two share OpenVINO's buffers; `ONE_AT_A_TIME` keeps either from scoring while the other does.
         """
         other = copy.copy(self)
         other._gates = gates
@@ -128,10 +140,11 @@ class OpenVinoEngine:
             gates = np.array(self._gates, np.float32)
             inputs[ADAPTER_GATES] = np.resize(gates, (rows, gates.shape[-1]))
         try:
-            self._body.infer([inputs[name] for name in self._body_inputs], share_inputs=True)
-            states = [self._body.get_output_tensor(number) for number in range(len(self._body.model_outputs))]
-            self._head.infer([*states, *(inputs[name] for name in self._head_inputs)], share_inputs=True)
-            scores = {name: np.array(self._head.get_tensor(name).data) for name in self._outputs}
+            with ONE_AT_A_TIME:
+                self._body.infer([inputs[name] for name in self._body_inputs], share_inputs=True)
+                states = [self._body.get_output_tensor(number) for number in range(len(self._body.model_outputs))]
+                self._head.infer([*states, *(inputs[name] for name in self._head_inputs)], share_inputs=True)
+                scores = {name: np.array(self._head.get_tensor(name).data) for name in self._outputs}
         except RuntimeError as error:
             raise EngineOutputError(
                 f"OpenVINO failed at a batch of {rows} x {width} tokens ({said_by(error)}); "

@@ -27,7 +27,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from dpo_fast.batches import Batch, arrange, make_batches
 from dpo_fast.bundle import Bundle
 from dpo_fast.engines.onnxruntime import CPU, gated_inputs, open_session, session_options
-from dpo_fast.engines.openvino import open_core
+from dpo_fast.engines.openvino import ONE_AT_A_TIME, open_core
 from dpo_fast.engines.torch import load_model
 from dpo_fast.errors import BundleError, EngineOutputError, MissingDependencyError, UsageError
 from dpo_fast.export.checkpoint import ADAPTER_CONFIG
@@ -358,7 +358,8 @@ def _openvino(exposed: Path, graph: Path, engine: str, precision: str, gates: Se
         raise UsageError(f"{graph}: is to run in bf16, and OpenVINO finds no bfloat16 arithmetic in this processor")
     hint = "bf16" if engine == "openvino" and precision != "fp32" and in_bfloat16 else "f32"
     try:
-        compiled = core.compile_model(core.read_model(exposed), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        with ONE_AT_A_TIME:
+            compiled = core.compile_model(core.read_model(exposed), "CPU", {"INFERENCE_PRECISION_HINT": hint})
     except RuntimeError as error:
         raise _cannot_run(graph, precision, "OpenVINO", error) from error
     wanted = {name for value in compiled.inputs for name in value.names}
@@ -366,7 +367,8 @@ def _openvino(exposed: Path, graph: Path, engine: str, precision: str, gates: Se
     def run(batch: Batch) -> States:
         inputs = {name: value for name, value in gated_inputs(batch, gates).items() if name in wanted}
         try:
-            found = compiled(inputs)
+            with ONE_AT_A_TIME:
+                found = compiled(inputs)
         except RuntimeError as error:
             raise EngineOutputError(f"{graph}: OpenVINO failed at its hidden states ({said_by(error)})") from error
         return [np.array(found[number]) for number in range(len(compiled.outputs))]
