@@ -150,8 +150,6 @@ def drive(
         InputError: the user's input is at fault, as a worker found out.
         CheckFailedError: nothing works.
     """
-    import ray
-
     done: dict[int, Outcome] = {}
     failed: dict[int, Outcome] = {}
     watch = _Watch(ledger, crew)
@@ -172,7 +170,6 @@ def drive(
                 failed[outcome.part] = outcome
                 if not done and len(failed) >= ALL_FAIL * sum(crew.sizes):
                     raise CheckFailedError(f"the first {len(failed)} parts all failed: {outcome.reason}")
-        ray.get(ledger.give_up_all.remote())
     for part in job.parts:
         if part not in done and part not in failed:
             failed[part] = Outcome(part, reason="its workers died, hung or were lost each time")
@@ -190,7 +187,10 @@ def _hand_out(
     job: Job, crew: Crew, ledger: Any, parts: Sequence[int], watch: _Watch, is_cancelled: Callable[[], bool]
 ) -> Generator[Outcome]:
     """Hand out parts once; those that are lost have no outcome."""
+    import ray
+
     sizes = [min(size, len(parts)) for size in crew.sizes]
+    ray.get(ledger.begin_pass.remote(sizes))
     watch.given_up.clear()
     found: Queue[Outcome | BaseException | None] = Queue()
     rows = _pipeline(job, sizes, crew.resources, ledger, parts)
@@ -259,11 +259,11 @@ def _pipeline(
     """Parts as a data set of a name of its own, mapped by each stage's workers."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # of a worker that was given up; they come in the next pass
     rows = [{"part": part} for part in parts]
     data = ray.data.from_items(rows, override_num_blocks=min(len(rows), LARGEST_HAND_OUT))
+    data.context.enable_progress_bars = False
+    data.context.max_errored_blocks = -1  # of a worker that was given up; they come in the next pass
+    data.context.execution_no_progress_timeout_s = -1  # a part may take hours; `_Watch` looks for who is silent
     for stage, size in zip(job.stages(apart=len(sizes) > 1), sizes, strict=True):
         data = data.map_batches(
             PartWorker,

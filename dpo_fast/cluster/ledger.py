@@ -29,9 +29,11 @@ class WorkerState:
         pairs: of the parts that it holds, how many are scored.
         tokens: that its engine has computed, without padding, for as long as the run goes.
         is_ready: whether its engine is loaded.
+        was_ready: whether it was before its actor started again: then parts may wait for it that Ray gives to no other.
         is_gone: whether it was given up.
         failures, failing_since: parts in a row, up to the last one, that it failed at; and when the first one was.
         refusal: why it had better get no parts, and since when that is known; or None.
+        holds_back: whether it gets none for that.
     """
 
     stage: int
@@ -45,10 +47,12 @@ class WorkerState:
     pairs: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
     is_ready: bool = False
+    was_ready: bool = False
     is_gone: bool = False
     failures: int = 0
     failing_since: float = 0.0
     refusal: tuple[str, float] | None = None
+    holds_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +102,32 @@ class Snapshot:
 class Ledger:
     """The book of a run's parts and workers."""
 
-    def __init__(self, attempts: int, sizes: Sequence[int], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
         """An empty book.
 
         Args:
             attempts: how often a worker may die or hang at a part before the part is refused.
-            sizes: workers by stage.
             clock: seconds.
         """
-        self._attempts, self._sizes, self._clock = attempts, sizes, clock
+        self._attempts, self._clock = attempts, clock
+        self._sizes: Sequence[int] = ()
         self._workers: dict[str, WorkerState] = {}
         self._blamed: Counter[int] = Counter()
         self._ended: dict[tuple[int, int], float] = {}  # pairs by part and stage: one that is ended twice counts once
         self._suspected: dict[str, str] = {}  # by node: what a worker there failed with, at one part after another
         self._said: list[str] = []
+
+    def begin_pass(self, sizes: Sequence[int]) -> None:
+        """Parts are about to be handed out to new workers; those of the pass before have gone with theirs.
+
+        Args:
+            sizes: workers by stage.
+        """
+        self._sizes = sizes
+        for state in self._workers.values():
+            state.parts.clear()
+            state.pairs.clear()
+            state.is_gone = True
 
     def started(self, worker: str, stage: int, host: str, node: str, pid: int, handle: Any) -> str | None:
         """A worker's actor has started, for the first time or again; what it was at before has taken it down.
@@ -119,13 +135,15 @@ class Ledger:
         Returns:
             Why it had better hold back (see `refuse`), or None: on its node one part after another has failed.
         """
+        state = WorkerState(stage, host, node, pid, handle, starts=1, last_sign=self._clock())
         before = self._workers.get(worker)
         if before is not None:
             self._blame(before)
-        starts = 1 if before is None or before.is_ready else before.starts + 1
-        tokens = 0 if before is None else before.tokens
-        self._workers[worker] = WorkerState(stage, host, node, pid, handle, starts, self._clock(), tokens=tokens)
-        return self._suspected.get(node)
+            state.starts = 1 if before.is_ready else before.starts + 1
+            state.was_ready = before.is_ready or before.was_ready
+            state.tokens, state.failures, state.failing_since = before.tokens, before.failures, before.failing_since
+        self._workers[worker] = state
+        return None if state.was_ready else self._suspected.get(node)
 
     def ready(self, worker: str) -> None:
         """A worker's engine is loaded."""
@@ -137,12 +155,14 @@ class Ledger:
 
         Returns:
             Whether others of its stage may do the work: then it had better not become ready, for whoever fails at once
-            would be given one part after another, and fail at all of them.
+            would be given one part after another, and fail at all of them. One that started again holds none back that
+            only it can fail at, for others to be given them.
         """
         self._sign(worker)
         state = self._workers[worker]
         state.refusal = state.refusal or (reason, self._clock())
-        return self._others_may_work(state, state.refusal[1])
+        state.holds_back = not state.was_ready and self._others_may_work(state, state.refusal[1])
+        return state.holds_back
 
     def begin(self, worker: str, part: int) -> str | None:
         """A worker is about to prepare a part.
@@ -184,7 +204,7 @@ class Ledger:
         state.pairs.pop(part, None)
         if pairs:
             self._ended[part, stage] = pairs
-            if state.failures >= IN_A_ROW:  # it has recovered
+            if state.failures >= IN_A_ROW or state.refusal:  # the node has recovered
                 self._suspected.pop(state.node, None)
             state.failures, state.refusal = 0, None
 
@@ -212,13 +232,6 @@ class Ledger:
         self._blame(state)
         state.is_gone = True
 
-    def give_up_all(self) -> None:
-        """All workers have gone, as they do when their parts are handed out; whoever comes is new."""
-        for state in self._workers.values():
-            state.parts.clear()
-            state.pairs.clear()
-            state.is_gone = True
-
     def say(self, line: str) -> None:
         """Something is worth telling the user, who may be on a machine that is none of the cluster's."""
         self._said.append(line)
@@ -243,7 +256,11 @@ class Ledger:
             workers=len(at_work),
             silent=silent,
             failing_starts=max((state.starts for state in at_work.values() if not state.is_ready), default=0),
-            refusals={name: f"{state.host}: {state.refusal[0]}" for name, state in at_work.items() if state.refusal},
+            refusals={
+                name: f"{state.host}: {state.refusal[0]}"
+                for name, state in at_work.items()
+                if state.refusal and state.holds_back
+            },
             said=list(self._said),
         )
 

@@ -132,7 +132,7 @@ def score_on_cluster(cluster: Gathered, stop: Stop, progress: Progress, report: 
     import ray
 
     job, crew = cluster.job, cluster.crew
-    ledger = ray.remote(Ledger).options(num_cpus=0, resources={HEAD: 0.001}).remote(crew.attempts, crew.sizes)
+    ledger = ray.remote(Ledger).options(num_cpus=0, resources={HEAD: 0.001}).remote(crew.attempts)
     stopped = Event()
     try:
         with ThreadPoolExecutor(1, "drive") as threads:

@@ -63,11 +63,11 @@ class SlowEngines:
 class NotOnThatNode:
     """Opens no engine on the node that is the first to ask for one, as where another process has the GPU's memory.
 
-    Or it `opens`, and fails whatever it is given, as where the GPU is broken.
+    Or it `opens`, and fails whatever it is given, as where the GPU is broken; after three failures its process `dies`.
     """
 
-    def __init__(self, folder: Path, *, opens: bool = False) -> None:
-        self.folder, self.opens = folder, opens
+    def __init__(self, folder: Path, *, opens: bool = False, dies: bool = False) -> None:
+        self.folder, self.opens, self.dies = folder, opens, dies
 
     def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
         import ray
@@ -81,14 +81,22 @@ class NotOnThatNode:
         if (self.folder / "node").read_text() != node:
             return SlowEngine(role, self.folder, 0.02)
         if self.opens:
-            return BrokenEngine(role)
+            return BrokenEngine(role, failures=3 if self.dies else None)
         raise RuntimeError("out of memory")
 
 
 class BrokenEngine(FakeEngine):
-    """Fails whatever it is given."""
+    """Fails whatever it is given, and ends its process after so many failures."""
+
+    def __init__(self, salt: str, failures: int | None) -> None:
+        super().__init__(salt)
+        self.failures = failures
 
     def score(self, batch: Batch) -> TokenScores:
+        if self.failures == 0:
+            os._exit(1)
+        if self.failures is not None:
+            self.failures -= 1
         raise RuntimeError("device lost")
 
 

@@ -140,9 +140,13 @@ def test_one_worker_cannot_load_its_engine(run: Run, local: Path) -> None:
 
 
 @pytest.mark.usefixtures("known_tokens")
-def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path) -> None:
-    """Failing at once, it would be given most of the parts; and some of them in each of the passes that follow."""
-    engines = NotOnThatNode(run.orders, opens=True)
+@pytest.mark.parametrize("dies", [False, True], ids=["it goes on", "its process ends, and starts again"])
+def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path, dies: bool) -> None:
+    """Failing at once, it would be given most of the parts; and some of them in each of the passes that follow.
+
+    Where it starts again, two parts wait for it: holding back, it would keep the pass from ending.
+    """
+    engines = NotOnThatNode(run.orders, opens=True, dies=dies)
     evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=engines)
 
     assert any("fails at one part after another" in line and line.endswith(": device lost") for line in run.said)
@@ -150,6 +154,22 @@ def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path) -> None:
     assert again <= 12  # of 24
     assert files(run.output) == files(local)
     assert numbers(run.output) == numbers(local)
+
+
+def test_a_part_may_take_as_long_as_it_takes(run: Run, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data ends what has moved no part for half an hour; where parts take longer, each start would end so."""
+    import ray.data
+
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 0.5)
+    run.options = replace(run.options, limit=24)
+
+    evaluate(
+        run.bundle, run.dataset, run.output, run.options, run.said.append, engine=SlowEngines(run.orders, seconds=1.0)
+    )
+
+    for part in range(3):
+        name = f"scores/part-{part:05}.parquet"
+        assert (run.output / name).read_bytes() == (local / name).read_bytes()
 
 
 def test_the_driver_is_killed_twice(run: Run, local: Path) -> None:

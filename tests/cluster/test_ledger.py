@@ -1,5 +1,7 @@
 """The ledger alone: who is blamed, who is silent, how far it is."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from dpo_fast.cluster.ledger import START_SECONDS, Ledger
@@ -24,9 +26,16 @@ def clock() -> Clock:
 
 @pytest.fixture
 def ledger(clock: Clock) -> Ledger:
-    ledger = Ledger(attempts=2, sizes=[2], clock=clock)
+    ledger = open_ledger(clock, [2])
     start(ledger, "a")
     start(ledger, "b")
+    return ledger
+
+
+def open_ledger(clock: Clock, sizes: Sequence[int]) -> Ledger:
+    """Of a first pass."""
+    ledger = Ledger(attempts=2, clock=clock)
+    ledger.begin_pass(sizes)
     return ledger
 
 
@@ -130,13 +139,14 @@ def test_who_cannot_load_its_engine_holds_back_as_long_as_others_may_work(ledger
     start(ledger, "c")
     ledger.refuse("c", "no memory either")
     assert not ledger.refuse("a", "no memory")
+    assert ledger.snapshot(PATIENCE).refusals == {}  # none holds back
     start(ledger, "c")  # again, and all is well
     assert ledger.refuse("a", "no memory")
 
 
 def test_who_cannot_load_its_engine_does_not_wait_for_ever_for_others_to_start(clock: Clock) -> None:
     """And not for those of another stage."""
-    ledger = Ledger(attempts=2, sizes=[2, 1], clock=clock)
+    ledger = open_ledger(clock, [2, 1])
     start(ledger, "a")
     ledger.started("other stage", 1, "host", "node", 1, None)
     assert ledger.refuse("a", "no memory")
@@ -145,7 +155,7 @@ def test_who_cannot_load_its_engine_does_not_wait_for_ever_for_others_to_start(c
 
 
 def test_who_fails_again_and_again_pauses_and_its_node_is_suspected_as_long_as_others_do_not_fail(clock: Clock) -> None:
-    ledger = Ledger(attempts=2, sizes=[2], clock=clock)
+    ledger = open_ledger(clock, [2])
     for worker in ("a", "b"):
         assert ledger.started(worker, 0, "host", f"node of {worker}", 1, None) is None
         ledger.ready(worker)
@@ -166,9 +176,59 @@ def test_who_fails_again_and_again_pauses_and_its_node_is_suspected_as_long_as_o
     assert ledger.started("e", 0, "host", "node of a", 1, None) is None  # it has recovered
 
 
+def test_who_starts_again_takes_the_parts_that_wait_for_it(clock: Clock) -> None:
+    """Ray gives them to no other: if it held back, none of them would ever be ended."""
+    ledger = open_ledger(clock, [2])
+    for worker in ("a", "b"):
+        ledger.started(worker, 0, "host", f"node of {worker}", 1, None)
+        ledger.ready(worker)
+    assert [ledger.fail("a", "device lost") for _ in range(4)] == [0, 0, 1, 2]
+
+    for _ in range(2):  # its process ends before it is ready, too
+        assert ledger.started("a", 0, "host", "node of a", 2, None) is None
+        assert not ledger.refuse("a", "cannot load its engine")
+    ledger.ready("a")
+
+    assert ledger.snapshot(PATIENCE).refusals == {}
+    assert ledger.fail("a", "device lost") == 4  # it is as suspect as it was
+    assert ledger.started("c", 0, "host", "node of a", 1, None) is not None
+
+
+def test_a_suspected_node_is_cleared_by_any_worker_that_held_back_there(clock: Clock) -> None:
+    ledger = open_ledger(clock, [2])
+    for worker in ("a", "b"):
+        ledger.started(worker, 0, "host", f"node of {worker}", 1, None)
+    for _ in range(3):
+        ledger.fail("a", "device lost")
+    ledger.begin_pass([2])
+    reason = ledger.started("c", 0, "host", "node of a", 1, None)
+    assert reason is not None
+    assert ledger.refuse("c", reason)
+    clock.now = START_SECONDS  # nobody else has come
+    assert not ledger.refuse("c", reason)
+    ledger.ready("c")
+    ledger.end("c", 1, 0, 8.0)
+
+    assert ledger.started("d", 0, "host", "node of a", 1, None) is None
+
+
+def test_nobody_is_waited_for_whom_a_pass_does_not_have(clock: Clock) -> None:
+    """Few parts are left, and as few workers are asked for: the one there is had better begin."""
+    ledger = open_ledger(clock, [2])
+    start(ledger, "a")
+    assert [ledger.fail("a", "device lost") for _ in range(3)] == [0, 0, 1]
+
+    ledger.begin_pass([1])
+    reason = ledger.started("b", 0, "host", "node", 1, None)
+
+    assert reason is not None
+    assert not ledger.refuse("b", reason)
+    assert [ledger.fail("b", "device lost") for _ in range(3)] == [0, 0, 0]
+
+
 def test_who_fails_before_others_have_started_waits_for_them_but_not_for_ever(clock: Clock) -> None:
     """It would be through with all parts before others have loaded their engines."""
-    ledger = Ledger(attempts=2, sizes=[2], clock=clock)
+    ledger = open_ledger(clock, [2])
     start(ledger, "a")
     assert [ledger.fail("a", "device lost") for _ in range(4)] == [0, 0, 1, 2]
     clock.now = START_SECONDS
@@ -181,7 +241,7 @@ def test_who_fails_before_others_have_started_waits_for_them_but_not_for_ever(cl
 
 def test_workers_that_were_given_up_are_not_waited_for(ledger: Ledger, clock: Clock) -> None:
     ledger.begin("a", 7)
-    ledger.give_up_all()
+    ledger.begin_pass([2])
     clock.now = PATIENCE + 1
 
     snapshot = ledger.snapshot(PATIENCE)
