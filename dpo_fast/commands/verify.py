@@ -173,7 +173,8 @@ def check_signature_command(
         typer.echo(f"verified: nothing, for there is no {ATTESTATION}")
         return
     attested = check_attestation(bundle)
-    data = f"{one_line(attested.dataset['name'])} ({attested.dataset['rows']} rows)"
-    typer.echo(f"verified: {attested.verdict}, for {one_line(attested.engine)}, {attested.precision}, on {data}")
+    data = f"{one_line(attested.dataset['name'])} ({one_line(attested.dataset['rows'])} rows)"
+    engine = f"{one_line(attested.engine)}, {one_line(attested.precision)}"
+    typer.echo(f"verified: {one_line(attested.verdict)}, for {engine}, on {data}")
     for limit in chosen_limits(attested.tolerance, attested.precision):
         typer.echo(f"limit by choice: {limit}")

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from dpo_fast.bundle import ATTESTATION, MANIFEST, POLICY, UNTRACKED, Bundle, open_bundle
 from dpo_fast.errors import BundleError, UsageError
 from dpo_fast.files import sha256, write_text
+from dpo_fast.verification.summary import chosen_limits
 from dpo_fast.verification.types import Outcome
 
 FORMAT = 1
@@ -67,7 +68,7 @@ def write_attestation(bundle: Path, verification: Mapping[str, Any]) -> Attestat
         bundle: that was verified; every file of it is hashed again.
         verification: what `write_json` writes into verify.json: `verdict.Verification.as_dict`, and under
             "provenance" what `evaluate` has there: "versions", "hardware", "engine", "precision", "dataset" (with
-            "fingerprint" and "rows"), "of_recipe" (see `verify.VerifyOptions`), and "models" by role, each with
+            "name", "fingerprint" and "rows"), "of_recipe" (see `verify.VerifyOptions`), and "models" by role, each with
             "weights_and_graph_sha256", which are `Bundle.role_hashes` from when the engine was loaded.
 
     Returns:
@@ -85,7 +86,7 @@ def write_attestation(bundle: Path, verification: Mapping[str, Any]) -> Attestat
     try:
         made = value["provenance"]
         scored = {role: model["weights_and_graph_sha256"] for role, model in made["models"].items()}
-        _ = scored[POLICY], made["dataset"]["fingerprint"], made["dataset"]["rows"], made["of_recipe"]
+        _ = scored[POLICY], made["of_recipe"], [made["dataset"][key] for key in ("name", "fingerprint", "rows")]
         attestation = Attestation(
             format=FORMAT,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -197,16 +198,18 @@ def _read(path: Path) -> Attestation:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
         del value["sha256"]
-        unaltered = text == _sealed(value)
-        attestation = Attestation(**value) if value["format"] == FORMAT else None
+        if text != _sealed(value):
+            raise BundleError(f"{path}: was altered since it was written; verify the bundle again")
+        if value["format"] != FORMAT:
+            raise BundleError(
+                f"{path}: has format {value['format']!r}, and this version reads {FORMAT}; verify the bundle again"
+            )
+        attestation = Attestation(**value)
+        # What is told of it.
+        _ = attestation.dataset["name"], attestation.dataset["rows"]
+        chosen_limits(attestation.tolerance, attestation.precision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: is damaged ({type(error).__name__}: {error}); verify the bundle again") from error
-    if not unaltered:
-        raise BundleError(f"{path}: was altered since it was written; verify the bundle again")
-    if attestation is None:
-        raise BundleError(
-            f"{path}: has format {value['format']!r}, and this version reads {FORMAT}; verify the bundle again"
-        )
     return attestation
 
 

@@ -66,8 +66,13 @@ class Original:
                 watch=watch,
             )
         except EngineOutputError as error:
-            way_out = "" if precision == "fp32" else "; say --floor float32, which leaves its rounding out"
-            raise EngineOutputError(f"the original {role}, computed in {precision}: {error}{way_out}") from error
+            said = f"the original {role}, computed in {precision}: {error}"
+            if precision == "fp32":
+                raise EngineOutputError(said) from error
+            raise EngineOutputError(
+                f"{said}; say --floor float32, which leaves its rounding out; an engine of lower precision then needs "
+                "a --max-multiple of its own, for float32's floors are smaller"
+            ) from error
 
     def release(self) -> None:
         """Let go of the weights."""

@@ -135,6 +135,11 @@ def test_another_verdict_format_or_list_of_files_is_refused(bundle: Path) -> Non
     assert refusal(lambda: check_attestation(bundle)).startswith(f"{path}: lists other files than bundle.json")
     reseal(path, format=2, of_the_future=1)
     assert f"{path}: has format 2, and this version reads 1" in refusal(lambda: check_attestation(bundle))
+    path.write_text(text)
+    for wrong in ({"tolerance": []}, {"dataset": {"rows": 3}}, {"dataset": None}):
+        reseal(path, **wrong)
+        assert refusal(lambda: check_attestation(bundle)).startswith(f"{path}: is damaged (")
+        path.write_text(text)
 
 
 def test_files_that_are_missing_or_new(bundle: Path, tmp_path: Path) -> None:
@@ -201,7 +206,7 @@ def test_a_verification_that_lacks_something(tmp_path: Path) -> None:
         del verification["provenance"][name]
         with pytest.raises(UsageError, match=rf"is not whole \(KeyError: '{name}'\)"):
             write_attestation(folder, verification)
-    for name in ("fingerprint", "rows"):
+    for name in ("name", "fingerprint", "rows"):
         verification = make_verification(folder)
         del verification["provenance"]["dataset"][name]
         with pytest.raises(UsageError, match=rf"is not whole \(KeyError: '{name}'\)"):
