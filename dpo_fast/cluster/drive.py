@@ -72,6 +72,13 @@ class _Watch:
     lost: dict[str, float] = field(default_factory=dict)
     given_up: Counter[int] = field(default_factory=Counter)
 
+    def begin_pass(self, sizes: Sequence[int]) -> None:
+        """New workers are expected, as many by stage; none of them is given up."""
+        import ray
+
+        ray.get(self.ledger.begin_pass.remote(sizes))
+        self.given_up.clear()
+
     def look(self) -> None:
         """Kill the silent, give up those that cannot come back.
 
@@ -187,11 +194,8 @@ def _hand_out(
     job: Job, crew: Crew, ledger: Any, parts: Sequence[int], watch: _Watch, is_cancelled: Callable[[], bool]
 ) -> Generator[Outcome]:
     """Hand out parts once; those that are lost have no outcome."""
-    import ray
-
     sizes = [min(size, len(parts)) for size in crew.sizes]
-    ray.get(ledger.begin_pass.remote(sizes))
-    watch.given_up.clear()
+    watch.begin_pass(sizes)
     found: Queue[Outcome | BaseException | None] = Queue()
     rows = _pipeline(job, sizes, crew.resources, ledger, parts)
 

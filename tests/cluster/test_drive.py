@@ -1,6 +1,6 @@
 """Handing out parts, without Ray: when a pass is over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from threading import Event
 from types import SimpleNamespace
@@ -14,6 +14,9 @@ from dpo_fast.cluster.drive import Crew, _hand_out, _Watch
 
 class GivesUp(_Watch):
     """Gives up one worker of a stage at each look."""
+
+    def begin_pass(self, sizes: Sequence[int]) -> None:
+        self.given_up.clear()
 
     def look(self) -> None:
         self.given_up[1] += 1
