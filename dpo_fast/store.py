@@ -19,7 +19,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ READINGS = 5  # of a part that is not the same twice
 WAY_OUT = "evaluate again, and it is computed again"
 PART_NAME = re.compile(r"part-([0-9]+)\.parquet")
 NOTE_NAME = re.compile(r"part-[0-9]+\.sha256")
+REMAINS = re.compile(r"\.(part-[0-9]+\.(parquet|sha256)|SHA256SUMS)\.[0-9a-f]{32}")  # see `Storage.leaves_remains`
 CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (part-[0-9]+\.parquet)")  # as sha256sum prints it
 PAIRS = "pairs"  # beside the roles, among the fingerprints of a part
 BRANCH_NAMES = ("chosen", "rejected")
@@ -229,9 +229,7 @@ class ScoreStore:
         """
         if not self.storage.leaves_remains:
             return
-        patterns = (".part-*.parquet.*", ".part-*.sha256.*", f".{CHECKSUMS}.*")
-        names = self.storage.names()
-        self.storage.remove([name for name in names if any(fnmatch(name, pattern) for pattern in patterns)])
+        self.storage.remove(filter(REMAINS.fullmatch, self.storage.names()))
 
     def write(self, part: int, table: TokenTable, scores: Mapping[str, ScoredPairs], record: PartRecord) -> None:
         """Write a part: one row a pair.
@@ -282,6 +280,8 @@ class ScoreStore:
     def finish(self) -> None:
         """Gather the parts' checksums into one list; for when all parts are written, and nobody writes any more.
 
+        What killed workers left half written goes too.
+
         Killed at whatever moment, it leaves every part with a note, and is done again. Of a finished run, nothing is
         written.
 
@@ -312,7 +312,7 @@ class ScoreStore:
         if text and text != self.storage.read(CHECKSUMS):
             self.storage.write(CHECKSUMS, text)
         self._list = checksums
-        self.storage.remove(notes)
+        self.storage.remove([*notes, *filter(REMAINS.fullmatch, names)])
 
     def read_part(self, part: int, fingerprint: str | None = None) -> PairScores:
         """A part's scores.

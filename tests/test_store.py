@@ -968,3 +968,14 @@ def test_what_a_killed_run_left_half_written_is_no_part(folder: Path) -> None:
     assert len(list(store.read())) == 1
     store.remove_remains()
     assert store.storage.names() == [".mine", PART, NOTE]
+
+
+def test_a_finished_run_has_nothing_of_workers_that_were_killed(folder: Path) -> None:
+    store = ScoreStore(folder)
+    write(store)
+    for name in (part_name(0), note_name(1), CHECKSUMS):
+        (folder / f".{name}.{uuid4().hex}").write_bytes(b"killed")
+
+    store.finish()
+
+    assert store.storage.names() == [CHECKSUMS, PART]
