@@ -157,11 +157,14 @@ def drive(
         InputError: the user's input is at fault, as a worker found out.
         CheckFailedError: nothing works.
     """
+    import ray
+
     done: dict[int, Outcome] = {}
     failed: dict[int, Outcome] = {}
     watch = _Watch(ledger, crew)
     for attempt in range(crew.attempts):
-        missing = [part for part in job.parts if part not in done]
+        refused: set[int] = ray.get(ledger.refused.remote())
+        missing = [part for part in job.parts if part not in done and part not in refused]
         if not missing or is_cancelled():
             break
         if attempt:

@@ -26,12 +26,14 @@ class WorkerState:
         starts: how often its actor has started.
         last_sign: of life, in the ledger's seconds.
         parts: that it holds, and whether each is on the engine (or still being prepared).
+        died_at: how often its process ended, or hung, at a part.
         pairs: of the parts that it holds, how many are scored.
         tokens: that its engine has computed, without padding, for as long as the run goes.
         is_ready: whether its engine is loaded.
         was_ready: whether it was before its actor started again: then parts may wait for it that Ray gives to no other.
         is_gone: whether it was given up.
-        failures, failing_since: parts in a row, up to the last one, that it failed at; and when the first one was.
+        failures, failing_since: parts in a row, up to the last one, that it failed or died at on its node; and when the
+            first one was.
         refusal: why it had better get no parts, and since when that is known; or None.
         holds_back: whether it gets none for that.
     """
@@ -44,6 +46,7 @@ class WorkerState:
     starts: int
     last_sign: float
     parts: dict[int, bool] = field(default_factory=dict)
+    died_at: Counter[int] = field(default_factory=Counter)
     pairs: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
     is_ready: bool = False
@@ -137,18 +140,28 @@ class Ledger:
         """
         state = WorkerState(stage, host, node, pid, handle, starts=1, last_sign=self._clock())
         before = self._workers.get(worker)
+        self._workers[worker] = state
         if before is not None:
-            self._blame(before)
+            died_at_work = self._blame(before)
             state.starts = 1 if before.is_ready else before.starts + 1
             state.was_ready = before.is_ready or before.was_ready
-            state.tokens, state.failures, state.failing_since = before.tokens, before.failures, before.failing_since
-        self._workers[worker] = state
+            state.tokens, state.died_at = before.tokens, before.died_at
+            if before.node == node:
+                state.failures, state.failing_since = before.failures, before.failing_since
+                if died_at_work:
+                    self._count_failure(state, "its process ended, or hung")
         return None if state.was_ready else self._suspected.get(node)
 
-    def ready(self, worker: str) -> None:
-        """A worker's engine is loaded."""
-        self._workers[worker].is_ready = True
+    def ready(self, worker: str) -> float:
+        """A worker's engine is loaded.
+
+        Returns:
+            Seconds for which it had better take no part; see `_pause`.
+        """
         self._sign(worker)
+        state = self._workers[worker]
+        state.is_ready = True
+        return self._pause(state)
 
     def refuse(self, worker: str, reason: str) -> bool:
         """A worker's engine cannot be loaded, or is not to be trusted.
@@ -168,14 +181,22 @@ class Ledger:
         """A worker is about to prepare a part.
 
         Returns:
-            None; or why it had better not.
+            None; or why it had better not. The last attempt is another worker's, in the next pass: Ray gives a part
+            again and again to the one that died at it, whose device may be to blame, and not the part. Who is suspected
+            has one.
         """
         self._sign(worker)
-        if self._blamed[part] >= self._attempts:
+        state = self._workers[worker]
+        most = 1 if self._is_suspect(state) else max(self._attempts - 1, 1)
+        if part in self.refused() or state.died_at[part] >= most:
             times = "once" if self._blamed[part] == 1 else f"{self._blamed[part]} times"
             return f"its worker died or hung {times}"
-        self._workers[worker].parts[part] = False
+        state.parts[part] = False
         return None
+
+    def refused(self) -> set[int]:
+        """Parts at which workers have died or hung as often as parts are tried."""
+        return {part for part, times in self._blamed.items() if times >= self._attempts}
 
     def on_engine(self, worker: str, part: int) -> None:
         """A part is prepared, and its turn on the engine has come."""
@@ -212,19 +233,11 @@ class Ledger:
         """A worker has failed at a part, by the part's fault or its own.
 
         Returns:
-            Seconds for which it had better take no other; 0 unless it has failed at several in a row while others of
-            its stage do not, as on a broken device, which fails faster than others work.
+            Seconds for which it had better take no other; see `_pause`.
         """
         state = self._workers[worker]
-        if not state.failures:
-            state.failing_since = self._clock()
-        state.failures += 1
-        if state.failures < IN_A_ROW or not self._others_may_work(state, state.failing_since):
-            return 0.0
-        if state.node not in self._suspected:
-            self.say(f"a worker on {state.host} fails at one part after another, and is given fewer: {reason}")
-        self._suspected[state.node] = f"the last one failed at one part after another: {reason}"
-        return float(min(2.0 ** (state.failures - IN_A_ROW), LONGEST_PAUSE))
+        self._count_failure(state, reason)
+        return self._pause(state)
 
     def give_up(self, worker: str) -> None:
         """A worker was killed, and its actor will not start again."""
@@ -268,6 +281,25 @@ class Ledger:
         """Note a sign of life."""
         self._workers[worker].last_sign = self._clock()
 
+    def _count_failure(self, state: WorkerState, reason: str) -> None:
+        """A worker has failed at a part; after several, its node is suspected."""
+        if not state.failures:
+            state.failing_since = self._clock()
+        state.failures += 1
+        if not self._is_suspect(state):
+            return
+        if state.node not in self._suspected:
+            self.say(f"a worker on {state.host} fails at one part after another, and is given fewer: {reason}")
+        self._suspected[state.node] = f"the last one failed at one part after another: {reason}"
+
+    def _is_suspect(self, state: WorkerState) -> bool:
+        """Whether a worker has failed at several parts in a row while others of its stage do not."""
+        return state.failures >= IN_A_ROW and self._others_may_work(state, state.failing_since)
+
+    def _pause(self, state: WorkerState) -> float:
+        """Seconds for which who is suspected had better take no part: a broken device fails faster than others work."""
+        return float(min(2.0 ** (state.failures - IN_A_ROW), LONGEST_PAUSE)) if self._is_suspect(state) else 0.0
+
     def _others_may_work(self, state: WorkerState, since: float) -> bool:
         """Whether another of a worker's stage neither holds back nor fails, or may start, some time after `since`."""
         there = [each for each in self._workers.values() if each.stage == state.stage and not each.is_gone]
@@ -275,12 +307,19 @@ class Ledger:
             return True
         return len(there) < self._sizes[state.stage] and self._clock() - since < START_SECONDS
 
-    def _blame(self, state: WorkerState) -> None:
-        """Blame the part that was on the engine; where none was, all that were being prepared."""
+    def _blame(self, state: WorkerState) -> bool:
+        """Blame the part that was on the engine; where none was, all that were being prepared.
+
+        Returns:
+            Whether there were any.
+        """
         on_engine = [part for part, is_on_engine in state.parts.items() if is_on_engine]
-        self._blamed.update(on_engine or list(state.parts))
+        blamed = on_engine or list(state.parts)
+        self._blamed.update(blamed)
+        state.died_at.update(blamed)
         state.parts.clear()
         state.pairs.clear()
+        return bool(blamed)
 
 
 def _what(state: WorkerState) -> str:

@@ -61,7 +61,7 @@ class PartWorker:
             doubt = None if _is_fatal(error) else f"cannot load its engine: {reason_of(error)}"
         while doubt is not None and ray.get(ledger.refuse.remote(self._name, doubt)):
             time.sleep(SECONDS_BETWEEN_WORDS)
-        ray.get(ledger.ready.remote(self._name))
+        time.sleep(ray.get(ledger.ready.remote(self._name)))
 
     def _open(self) -> None:
         """Open the bundle, the engine and the tokens, and check that the bundle is whole."""

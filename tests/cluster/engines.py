@@ -63,11 +63,14 @@ class SlowEngines:
 class NotOnThatNode:
     """Opens no engine on the node that is the first to ask for one, as where another process has the GPU's memory.
 
-    Or it `opens`, and fails whatever it is given, as where the GPU is broken; after three failures its process `dies`.
+    Or it `opens`, and fails whatever it is given, as where the GPU is broken, until its process ends after so many
+    failures. The engines of other nodes take some seconds for a batch.
     """
 
-    def __init__(self, folder: Path, *, opens: bool = False, dies: bool = False) -> None:
-        self.folder, self.opens, self.dies = folder, opens, dies
+    def __init__(
+        self, folder: Path, *, opens: bool = False, failures: int | None = None, seconds: float = 0.02
+    ) -> None:
+        self.folder, self.opens, self.failures, self.seconds = folder, opens, failures, seconds
 
     def __call__(self, bundle: Bundle, role: str) -> FakeEngine:
         import ray
@@ -79,9 +82,9 @@ class NotOnThatNode:
         except FileExistsError:
             time.sleep(0.5)  # it may not be written yet
         if (self.folder / "node").read_text() != node:
-            return SlowEngine(role, self.folder, 0.02)
+            return SlowEngine(role, self.folder, self.seconds)
         if self.opens:
-            return BrokenEngine(role, failures=3 if self.dies else None)
+            return BrokenEngine(role, self.failures)
         raise RuntimeError("out of memory")
 
 

@@ -68,6 +68,13 @@ class Run:
         return thread
 
 
+def assert_first_parts(run: Run, local: Path, parts: int) -> None:
+    """So many parts are those of the run of one process."""
+    for part in range(parts):
+        name = f"scores/part-{part:05}.parquet"
+        assert (run.output / name).read_bytes() == (local / name).read_bytes()
+
+
 @pytest.fixture
 def run(nodes: Nodes, bundle: Path, dataset: str, tmp_path: Path) -> Iterator[Run]:
     nodes.restore(3)
@@ -140,13 +147,13 @@ def test_one_worker_cannot_load_its_engine(run: Run, local: Path) -> None:
 
 
 @pytest.mark.usefixtures("known_tokens")
-@pytest.mark.parametrize("dies", [False, True], ids=["it goes on", "its process ends, and starts again"])
-def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path, dies: bool) -> None:
+@pytest.mark.parametrize("failures", [None, 3], ids=["it goes on", "its process ends, and starts again"])
+def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path, failures: int | None) -> None:
     """Failing at once, it would be given most of the parts; and some of them in each of the passes that follow.
 
     Where it starts again, two parts wait for it: holding back, it would keep the pass from ending.
     """
-    engines = NotOnThatNode(run.orders, opens=True, dies=dies)
+    engines = NotOnThatNode(run.orders, opens=True, failures=failures)
     evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=engines)
 
     assert any("fails at one part after another" in line and line.endswith(": device lost") for line in run.said)
@@ -154,6 +161,17 @@ def test_one_worker_fails_at_all_it_is_given(run: Run, local: Path, dies: bool) 
     assert again <= 12  # of 24
     assert files(run.output) == files(local)
     assert numbers(run.output) == numbers(local)
+
+
+@pytest.mark.usefixtures("known_tokens")
+def test_one_worker_dies_at_all_it_is_given(run: Run, local: Path) -> None:
+    """Ray gives it the same parts again, until it seems to be their fault, though sound workers could do them."""
+    run.options = replace(run.options, limit=64)
+    engines = NotOnThatNode(run.orders, opens=True, failures=0, seconds=0.3)
+
+    evaluate(run.bundle, run.dataset, run.output, run.options, run.said.append, engine=engines)
+
+    assert_first_parts(run, local, 8)
 
 
 def test_a_part_may_take_as_long_as_it_takes(run: Run, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +185,7 @@ def test_a_part_may_take_as_long_as_it_takes(run: Run, local: Path, monkeypatch:
         run.bundle, run.dataset, run.output, run.options, run.said.append, engine=SlowEngines(run.orders, seconds=1.0)
     )
 
-    for part in range(3):
-        name = f"scores/part-{part:05}.parquet"
-        assert (run.output / name).read_bytes() == (local / name).read_bytes()
+    assert_first_parts(run, local, 3)
 
 
 def test_the_driver_is_killed_twice(run: Run, local: Path) -> None:

@@ -45,22 +45,44 @@ def start(ledger: Ledger, worker: str) -> None:
 
 
 def test_the_part_on_the_engine_is_blamed_and_the_one_beside_it_is_not(ledger: Ledger) -> None:
-    for _ in range(2):
-        assert ledger.begin("a", 1) is None
-        assert ledger.begin("a", 2) is None
-        ledger.on_engine("a", 1)
-        start(ledger, "a")  # it died, and Ray has started it again
+    for worker in ("a", "b"):
+        assert ledger.begin(worker, 1) is None
+        assert ledger.begin(worker, 2) is None
+        ledger.on_engine(worker, 1)
+        start(ledger, worker)  # it died, and Ray has started it again
 
     assert ledger.begin("a", 1) == "its worker died or hung 2 times"
     assert ledger.begin("b", 1) == "its worker died or hung 2 times"
+    assert ledger.refused() == {1}
     assert ledger.begin("a", 2) is None
 
 
+@pytest.mark.parametrize(("attempts", "deaths"), [(1, 1), (2, 1), (3, 2), (5, 4)])
+def test_the_last_attempt_is_another_workers(clock: Clock, attempts: int, deaths: int) -> None:
+    """Ray gives a part to the one that died at it, whose device may be to blame."""
+    ledger = Ledger(attempts, clock)
+    ledger.begin_pass([1])
+    start(ledger, "a")
+    for _ in range(deaths):
+        assert ledger.begin("a", 1) is None
+        start(ledger, "a")
+    times = "once" if deaths == 1 else f"{deaths} times"
+    assert ledger.begin("a", 1) == f"its worker died or hung {times}"
+    assert ledger.begin("a", 2) is None
+
+    ledger.begin_pass([1])
+    start(ledger, "b")
+
+    assert (ledger.begin("b", 1) is None) == (attempts > 1)
+    start(ledger, "b")
+    assert ledger.refused() == {1}
+
+
 def test_where_nothing_is_on_the_engine_all_that_were_prepared_are_blamed(ledger: Ledger) -> None:
-    for _ in range(2):
-        ledger.begin("a", 1)
-        ledger.begin("a", 2)
-        ledger.give_up("a")
+    for worker in ("a", "b"):
+        ledger.begin(worker, 1)
+        ledger.begin(worker, 2)
+        ledger.give_up(worker)
         start(ledger, "a")
 
     assert ledger.begin("a", 1) is not None
@@ -192,6 +214,47 @@ def test_who_starts_again_takes_the_parts_that_wait_for_it(clock: Clock) -> None
     assert ledger.snapshot(PATIENCE).refusals == {}
     assert ledger.fail("a", "device lost") == 4  # it is as suspect as it was
     assert ledger.started("c", 0, "host", "node of a", 1, None) is not None
+
+
+def test_whose_process_ends_at_one_part_after_another_is_suspected(clock: Clock) -> None:
+    """And not the parts; nor who dies on one node after another, or with nothing to do."""
+    ledger = open_ledger(clock, [2])
+    for worker in ("a", "b"):
+        ledger.started(worker, 0, "host", f"node of {worker}", 1, None)
+        ledger.ready(worker)
+    for part in range(3):
+        assert ledger.snapshot(PATIENCE).said == []
+        ledger.begin("a", part)
+        ledger.on_engine("a", part)
+        ledger.started("a", 0, "host", "node of a", 1, None)
+        assert ledger.ready("a") == (1 if part == 2 else 0)
+        ledger.begin("b", part)
+        ledger.started("b", 0, "host", f"another node, {part}", 1, None)
+        ledger.ready("b")
+        ledger.started("b", 0, "host", f"another node, {part}", 1, None)
+        ledger.ready("b")
+
+    assert ledger.snapshot(PATIENCE).said == [
+        "a worker on host fails at one part after another, and is given fewer: its process ended, or hung"
+    ]
+    assert ledger.started("c", 0, "host", "node of a", 1, None) is not None
+    assert ledger.started("d", 0, "host", "another node, 2", 1, None) is None
+
+
+def test_who_is_suspected_has_one_try_at_a_part(clock: Clock) -> None:
+    """Each costs a new start of its process, and is held against the part."""
+    ledger = Ledger(attempts=9, clock=clock)
+    ledger.begin_pass([2])
+    for worker in ("a", "b"):
+        start(ledger, worker)
+    for part, tries in ((1, 2), (2, 1), (3, 1)):
+        for _ in range(tries):
+            assert ledger.begin("a", part) is None
+            ledger.on_engine("a", part)
+            start(ledger, "a")
+
+    assert [ledger.begin("a", part) is None for part in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [ledger.begin("b", part) is None for part in (1, 2, 3, 4)] == [True] * 4
 
 
 def test_a_suspected_node_is_cleared_by_any_worker_that_held_back_there(clock: Clock) -> None:
