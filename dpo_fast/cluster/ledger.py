@@ -115,7 +115,6 @@ class Ledger:
         self._attempts, self._clock = attempts, clock
         self._sizes: Sequence[int] = ()
         self._workers: dict[str, WorkerState] = {}
-        self._blamed: Counter[int] = Counter()
         self._ended: dict[tuple[int, int], float] = {}  # pairs by part and stage: one that is ended twice counts once
         self._suspected: dict[str, str] = {}  # by node: what a worker there failed with, at one part after another
         self._said: list[str] = []
@@ -188,15 +187,16 @@ class Ledger:
         self._sign(worker)
         state = self._workers[worker]
         most = 1 if self._is_suspect(state) else max(self._attempts - 1, 1)
-        if part in self.refused() or state.died_at[part] >= most:
-            times = "once" if self._blamed[part] == 1 else f"{self._blamed[part]} times"
-            return f"its worker died or hung {times}"
+        deaths = self._deaths(part)
+        if deaths >= self._attempts or state.died_at[part] >= most:
+            return f"its worker died or hung {'once' if deaths == 1 else f'{deaths} times'}"
         state.parts[part] = False
         return None
 
     def refused(self) -> set[int]:
         """Parts at which workers have died or hung as often as parts are tried."""
-        return {part for part, times in self._blamed.items() if times >= self._attempts}
+        died_at = {part for state in self._workers.values() for part in state.died_at}
+        return {part for part in died_at if self._deaths(part) >= self._attempts}
 
     def on_engine(self, worker: str, part: int) -> None:
         """A part is prepared, and its turn on the engine has come."""
@@ -281,6 +281,10 @@ class Ledger:
         """Note a sign of life."""
         self._workers[worker].last_sign = self._clock()
 
+    def _deaths(self, part: int) -> int:
+        """How often workers have died or hung at a part."""
+        return sum(state.died_at[part] for state in self._workers.values())
+
     def _count_failure(self, state: WorkerState, reason: str) -> None:
         """A worker has failed at a part; after several, its node is suspected."""
         if not state.failures:
@@ -315,7 +319,6 @@ class Ledger:
         """
         on_engine = [part for part, is_on_engine in state.parts.items() if is_on_engine]
         blamed = on_engine or list(state.parts)
-        self._blamed.update(blamed)
         state.died_at.update(blamed)
         state.parts.clear()
         state.pairs.clear()
