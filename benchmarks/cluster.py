@@ -217,7 +217,7 @@ def ledger_seconds(address: str) -> float:
     from dpo_fast.cluster.ledger import Ledger
 
     with connected(address):
-        ledger = ray.remote(Ledger).options(num_cpus=0).remote(3, [1])
+        ledger = ray.remote(Ledger).options(num_cpus=0).remote(attempts=3)
         ray.get(ledger.started.remote("a", 0, "host", "node", 1, None))
         started = time.perf_counter()
         for part in range(1000):
